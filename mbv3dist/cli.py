@@ -1,0 +1,378 @@
+"""The `mbv3dist` command: parses, hands over, and turns a user's mistake into one line.
+
+Every subcommand imports what it needs when it runs, so that --help, inspect and plan start without
+torch. Exit code 0 is success, 2 wrong usage or input.
+"""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import mbv3dist
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with one-line errors."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line; exits with 2 and one line for a user's mistake."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if rest and not args.takes_config_flags:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.config_flags = rest
+    try:
+        args.run(args)
+        sys.stdout.flush()
+    except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # the reader of our output has left: no mistake
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise SystemExit(0) from None
+        if os.environ.get("MBV3DIST_TRACEBACK"):
+            raise
+        rank = os.environ.get("RANK", "0")
+        who = "mbv3dist" if rank == "0" else f"mbv3dist (rank {rank})"
+        print(f"{who}: error: {_describe(error)}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("mbv3dist: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _describe(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(
+        prog="mbv3dist",
+        description="Train MobileNetV3 classifiers and SSDLite detectors on many GPUs.",
+    )
+    parser.add_argument("--version", action="version", version=f"mbv3dist {mbv3dist.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], None], text: str, **kwargs: Any
+    ) -> Any:
+        child = commands.add_parser(name, help=text, description=text, **kwargs)
+        child.set_defaults(run=run, takes_config_flags=False)
+        return child
+
+    _add_convert(command("convert", _convert, "Turn labelled pictures into tar shards."))
+
+    inspect = command("inspect", _inspect, "Show what is in a data set.")
+    inspect.add_argument("data", help="data set made by convert")
+    inspect.add_argument("--json", action="store_true", help="print one JSON object")
+
+    verify = command("verify", _verify, "Check every byte of a data set.")
+    verify.add_argument("data", help="data set made by convert")
+    verify.add_argument("--json", action="store_true", help="print one JSON object")
+
+    _add_plan(command("plan", _plan, "Show who reads what, when, without reading a picture."))
+
+    train = command(
+        "train",
+        _train,
+        "Train a model by a recipe; every key of it can be set by a flag.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    train.add_argument("recipe", help="YAML file, for instance from configs/")
+    train.set_defaults(takes_config_flags=True)
+    if {"train", "--help"} <= set(sys.argv) or {"train", "-h"} <= set(sys.argv):
+        from mbv3dist.config import config_help
+
+        train.epilog = f"keys of a recipe, and flags:\n{config_help()}"
+
+    evaluate = command("eval", _eval, "Score a model on a split.")
+    evaluate.add_argument("model", help="model directory, such as runs/NAME/best")
+    evaluate.add_argument("data", help="data set made by convert")
+    evaluate.add_argument("--split", required=True)
+    evaluate.add_argument("--batch-size", type=_positive, default=32)
+    evaluate.add_argument("--num-threads", type=_positive, default=2)
+    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
+
+    predict = command("predict", _predict, "Find or name what is in pictures.")
+    predict.add_argument("model", help="model directory, such as runs/NAME/best")
+    predict.add_argument("sources", nargs="+", metavar="SOURCE", help="picture, folder or glob")
+    predict.add_argument("--out", required=True, help="folder for pictures and predictions.json")
+    predict.add_argument("--score-threshold", type=float, help="show detections above this score")
+    predict.add_argument("--batch-size", type=_positive, default=8)
+    predict.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    predict.add_argument("--json", action="store_true", help="print one JSON object")
+
+    quickstart = command("quickstart", _quickstart, "The whole job on a data set made here.")
+    quickstart.add_argument("--out", default="runs/quickstart", help="folder for all of it")
+    quickstart.add_argument("--processes", type=_positive, default=2)
+    return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def _add_convert(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
+    imagefolder = kinds.add_parser("imagefolder", help="a folder per class")
+    imagefolder.add_argument("sources", nargs=1, metavar="SRC")
+    voc = kinds.add_parser("voc", help="Pascal VOC layout, labelImg's XML")
+    voc.add_argument("sources", nargs="+", metavar="ROOT")
+    voc.add_argument("--task", choices=["detection", "classification"], default="detection")
+    voc.add_argument(
+        "--object-crops",
+        action="store_true",
+        help="classification: a sample per object, cut out; else the largest object is the label",
+    )
+    for kind in (imagefolder, voc):
+        kind.set_defaults(takes_config_flags=False)
+        kind.add_argument("--out", required=True, help="folder of the data set")
+        kind.add_argument("--split", required=True, help="name of the split")
+        kind.add_argument("--classes", help="file with one class name per line")
+        kind.add_argument("--val-fraction", type=float, default=0.0, help="share cut off as `val`")
+        kind.add_argument("--seed", type=int, default=0)
+        kind.add_argument("--resize", type=_positive, help="shrink the shorter side to this")
+        kind.add_argument("--quality", type=int, default=90, help="JPEG quality with --resize")
+        kind.add_argument("--on-error", choices=["fail", "skip"], default="fail")
+        kind.add_argument("--overwrite", action="store_true", help="replace an existing split")
+        kind.add_argument("--workers", type=_positive, help="processes; default: all cores")
+
+
+def _add_plan(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", help="data set made by convert")
+    parser.add_argument("--split", required=True)
+    parser.add_argument("--world-size", type=_positive, default=1)
+    parser.add_argument("--global-batch", type=_positive, required=True)
+    parser.add_argument("--epochs", type=_positive, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lanes", type=_positive)
+    parser.add_argument("--block-shards", type=_positive, default=4)
+    parser.add_argument("--tail", choices=["carry", "drop"], default="carry")
+    parser.add_argument("--steps", metavar="A:B", help="only these steps, B left out")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object")
+    form.add_argument("--keys", action="store_true", help="one line per step and rank: its keys")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2))
+
+
+def _convert(args: argparse.Namespace) -> None:
+    from mbv3dist.convert.imagefolder import convert_imagefolder
+    from mbv3dist.convert.records import read_class_file
+    from mbv3dist.convert.voc import convert_voc
+
+    options = {
+        "split": args.split,
+        "classes": read_class_file(args.classes) if args.classes else None,
+        "val_fraction": args.val_fraction,
+        "seed": args.seed,
+        "resize": args.resize,
+        "quality": args.quality,
+        "on_error": args.on_error,
+        "workers": args.workers,
+        "overwrite": args.overwrite,
+    }
+    with _progress("converting") as progress:
+        if args.kind == "imagefolder":
+            report = convert_imagefolder(args.sources[0], args.out, progress=progress, **options)
+        else:
+            report = convert_voc(
+                args.sources,
+                args.out,
+                task=args.task,
+                object_crops=args.object_crops,
+                progress=progress,
+                **options,
+            )
+    for name, split in report.splits.items():
+        notes = [f"{count} {what}" for what, count in split.counts.items() if count]
+        boxes = f", {split.boxes} boxes" if report.task == "detection" else ""
+        print(
+            f"{args.out}/{name}: {split.samples} samples{boxes}, {split.shards} shard(s), "
+            f"{split.bytes / 1e6:.1f} MB" + (f"; {', '.join(notes)}" if notes else "")
+        )
+        for problem in split.problems:
+            print(f"left out: {problem}")
+        print(f"report: {split.report}")
+    if report.reused:
+        print("nothing to do: made before from the same input and settings")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    from mbv3dist.convert.inspect import inspect_dataset
+
+    facts = inspect_dataset(args.data)
+    if args.json:
+        _print_json(facts)
+        return
+    print(f"{args.data}: {facts['task']}, {len(facts['classes'])} classes")
+    print(f"classes: {', '.join(facts['classes'])}")
+    for name, split in facts["splits"].items():
+        boxes = f"{split['boxes']} boxes, " if facts["task"] == "detection" else ""
+        print(
+            f"{name}: {split['samples']} samples, {boxes}{split['shards']} shard(s), "
+            f"{split['bytes'] / 1e6:.1f} MB"
+        )
+
+
+def _verify(args: argparse.Namespace) -> None:
+    from mbv3dist.convert.verify import verify_dataset
+
+    result = verify_dataset(args.data)
+    if args.json:
+        _print_json(result)
+    else:
+        for problem in result["problems"]:
+            print(problem)
+        verdict = "is whole" if result["ok"] else f"has {len(result['problems'])} problem(s)"
+        print(f"{args.data}: {result['samples']} samples checked; the data set {verdict}")
+    if not result["ok"]:
+        raise SystemExit(2)
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from mbv3dist.data.index import open_split
+    from mbv3dist.data.plan import Plan, plan_lines, plan_summary
+
+    split = open_split(args.data, args.split)
+    plan = Plan(
+        [shard.num_samples for shard in split.shards],
+        global_batch_size=args.global_batch,
+        epochs=args.epochs,
+        seed=args.seed,
+        lanes=args.lanes,
+        block_shards=args.block_shards,
+        tail=args.tail,
+    )
+    plan.check_world(args.world_size)
+    first, last = _step_range(args.steps, plan.num_steps)
+    if args.keys:
+        for line in plan_lines(plan, world_size=args.world_size, steps=range(first, last)):
+            sys.stdout.write(line + "\n")
+        return
+    summary = plan_summary(plan, world_size=args.world_size)
+    if args.json:
+        _print_json(summary)
+    else:
+        for name, value in summary.items():
+            print(f"{name.replace('_', ' ')}: {value}")
+
+
+def _step_range(text: str | None, num_steps: int) -> tuple[int, int]:
+    if text is None:
+        return 0, num_steps
+    first, separator, last = text.partition(":")
+    try:
+        span = int(first or 0), int(last or num_steps) if separator else int(first) + 1
+    except ValueError:
+        raise ValueError(f"--steps {text}: expected A:B, two step numbers") from None
+    if not 0 <= span[0] <= span[1]:
+        raise ValueError(f"--steps {text}: expected 0 <= A <= B")
+    return span[0], min(span[1], num_steps)
+
+
+def _train(args: argparse.Namespace) -> None:
+    from mbv3dist.config import load_config
+
+    config = load_config(args.recipe, args.config_flags)
+    from mbv3dist.training.run import train
+
+    result = train(config)
+    if os.environ.get("RANK", "0") == "0" and not result["stopped"]:
+        models = [name for name in ("best", "last") if (Path(result["run"]) / name).is_dir()]
+        print(f"models: {', '.join(str(Path(result['run']) / name) for name in models)}")
+
+
+def _eval(args: argparse.Namespace) -> None:
+    from mbv3dist.tools.score import score
+
+    with _progress("evaluating") as progress:
+        result = score(
+            args.model,
+            args.data,
+            split=args.split,
+            batch_size=args.batch_size,
+            num_threads=args.num_threads,
+            device=args.device,
+            progress=progress,
+        )
+    if result is None:  # a rank other than 0
+        return
+    if args.json:
+        _print_json(result)
+        return
+    for name, value in result.items():
+        if name != "per_class":
+            print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
+    for name, scores in result.get("per_class", {}).items():
+        shown = "  ".join(
+            f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in scores.items()
+        )
+        print(f"  {name}: {shown}")
+
+
+def _predict(args: argparse.Namespace) -> None:
+    from mbv3dist.inference.predict import predict
+
+    with _progress("predicting") as progress:
+        result = predict(
+            args.model,
+            args.sources,
+            args.out,
+            score_threshold=args.score_threshold,
+            batch_size=args.batch_size,
+            device=args.device,
+            progress=progress,
+        )
+    if args.json:
+        _print_json(result)
+    else:
+        print(f"{len(result['pictures'])} picture(s) and predictions.json in {args.out}")
+
+
+def _quickstart(args: argparse.Namespace) -> None:
+    from mbv3dist.tools.quickstart import quickstart
+
+    quickstart(out=args.out, processes=args.processes)
+
+
+class _progress:  # noqa: N801
+    """A progress callback (done, total), drawn on standard error if that is a terminal."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+        self._bar: Any = None
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+            from rich.console import Console
+            from rich.progress import Progress
+
+            self._bar = Progress(console=Console(stderr=True), transient=True)
+            self._bar.start()
+            self._bar.add_task(self._text, total=None)
+        return self._update
+
+    def _update(self, done: int, total: int) -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+
+    def __exit__(self, *error: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
