@@ -1,0 +1,348 @@
+"""Weights of other libraries: torchvision's and timm's state dicts under our names, and back.
+
+Our classifiers carry timm's names. Our detectors carry `backbone.` + timm's names, `extras.`,
+`class_heads.` and `box_heads.`. `torchvision_keys` gives torchvision's name of each of our entries;
+it is one to one, so it serves both directions.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from timm.models._efficientnet_blocks import ConvBnAct, DepthwiseSeparableConv, InvertedResidual
+from torch import Tensor, nn
+
+from mbv3dist.models.ssdlite import SSDLite
+
+State = dict[str, Tensor]
+# Where checkpoints of training scripts keep the weights.
+_WRAPPERS = ("state_dict", "model", "model_state_dict")
+_PREFIXES = ("module.", "_orig_mod.")  # left by DDP and torch.compile
+_COUNTER = ".num_batches_tracked"  # no effect on outputs; old checkpoints lack it
+
+
+def read_state(path: str | Path) -> State:
+    """Read a state dict from a `.safetensors` file, or from a `.pth` file without running code.
+
+    Args:
+        path: the file. A checkpoint that holds its weights under "model" or "state_dict" will do.
+
+    Returns:
+        name -> tensor, on the CPU, without the prefixes of DDP and torch.compile.
+
+    Raises:
+        ValueError: if the file is missing, damaged, or holds no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"weights: {path} does not exist; give a .pth or .safetensors file")
+    try:
+        if path.suffix == ".safetensors":
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(
+            f"weights: {path} cannot be read as weights ({reason}); it is damaged, or a pickle of "
+            "more than tensors: save model.state_dict() instead"
+        ) from error
+    for wrapper in _WRAPPERS:
+        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
+            content = content[wrapper]
+    if not isinstance(content, Mapping) or not content:
+        raise ValueError(f"weights: {path} holds no state dict; save model.state_dict() into it")
+    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if len(state) != len(content):
+        other = next(name for name in content if name not in state)
+        raise ValueError(
+            f"weights: {path} holds {other!r}, which is no tensor; save model.state_dict() into it"
+        )
+    for prefix in _PREFIXES:
+        if all(name.startswith(prefix) for name in state):
+            state = {name[len(prefix) :]: value for name, value in state.items()}
+    return state
+
+
+def torchvision_keys(model: nn.Module) -> dict[str, str]:
+    """Name, in torchvision's model of the same shape, of each entry of our state dict.
+
+    Args:
+        model: a classifier or a detector of ours, not wrapped.
+
+    Returns:
+        our name -> torchvision's name, in the order of our state dict.
+    """
+    if isinstance(model, SSDLite):
+        stage, feature = model.backbone.c4_stage, 0
+        for index, blocks in enumerate(model.backbone.blocks):
+            feature += len(blocks) if index < stage else 0
+        # features.0 is the stem, so the tapped bottleneck comes after `feature` others.
+        modules = _feature_modules(model.backbone, split_at=feature + 1)
+        modules = {f"backbone.{ours}": f"backbone.{theirs}" for ours, theirs in modules.items()}
+        modules["extras"] = "backbone.extra"
+        modules["class_heads"] = "head.classification_head.module_list"
+        modules["box_heads"] = "head.regression_head.module_list"
+    else:
+        modules = _feature_modules(model, split_at=None)
+        modules["conv_head"], modules["classifier"] = "classifier.0", "classifier.3"
+    keys = {}
+    for name in model.state_dict():
+        module = name.rpartition(".")[0]
+        while module not in modules:
+            module = module.rpartition(".")[0]
+            assert module, f"{name} has no counterpart in torchvision"
+        keys[name] = modules[module] + name[len(module) :]
+    return keys
+
+
+def _feature_modules(model: nn.Module, *, split_at: int | None) -> dict[str, str]:
+    """Map timm's module names of a trunk to torchvision's.
+
+    Args:
+        model: a classifier or a Backbone.
+        split_at: number of the feature that torchvision's detector cuts in two, after its
+            expansion; None for a classifier.
+
+    Returns:
+        our module -> torchvision's module, for every convolution and batch norm.
+    """
+
+    def feature(number: int, layer: str) -> str:
+        if split_at is None or number < split_at:
+            part = "features" if split_at is None else "features.0"
+            return f"{part}.{number}.{layer}"
+        if number > split_at:
+            return f"features.1.{number - split_at}.{layer}"
+        # The cut feature: block.0 goes to the first half, block.1 and the rest to the second.
+        layer = layer.removeprefix("block.")
+        return (
+            f"features.0.{number}.{layer[2:]}"
+            if layer.startswith("0.")
+            else f"features.1.0.{layer}"
+        )
+
+    modules = {"conv_stem": feature(0, "0"), "bn1": feature(0, "1")}
+    number = 0
+    for stage_index, stage in enumerate(model.get_submodule("blocks").children()):
+        for block_index, block in enumerate(stage.children()):
+            number += 1
+            for name, layer in _block_layers(block):
+                modules[f"blocks.{stage_index}.{block_index}.{name}"] = feature(number, layer)
+    return modules
+
+
+def _block_layers(block: nn.Module) -> Iterable[tuple[str, str]]:
+    """Pairs (timm's layer, torchvision's layer) of a block."""
+    if isinstance(block, ConvBnAct):
+        return [("conv", "0"), ("bn1", "1")]
+    if isinstance(block, DepthwiseSeparableConv):
+        convolutions = [("conv_dw", "bn1"), ("conv_pw", "bn2")]
+        squeeze_after = 0
+    else:
+        assert isinstance(block, InvertedResidual)
+        convolutions = [("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")]
+        squeeze_after = 1
+    layers: list[tuple[str, str]] = []
+    position = 0
+    for index, (convolution, norm) in enumerate(convolutions):
+        layers += [(convolution, f"block.{position}.0"), (norm, f"block.{position}.1")]
+        position += 1
+        if index == squeeze_after and not isinstance(block.se, nn.Identity):
+            layers += [("se.conv_reduce", f"block.{position}.fc1")]
+            layers += [("se.conv_expand", f"block.{position}.fc2")]
+            position += 1
+    return layers
+
+
+def from_torchvision(model: nn.Module, state: Mapping[str, Tensor]) -> State:
+    """Rename a torchvision state dict for `model`; unknown names stay as they are."""
+    ours = {theirs: name for name, theirs in torchvision_keys(model).items()}
+    renamed = {ours.get(name, name): value for name, value in state.items()}
+    # timm's conv_head is a 1x1 convolution where torchvision has a linear layer.
+    head = renamed.get("conv_head.weight")
+    if head is not None and head.ndim == 2:
+        renamed["conv_head.weight"] = head[:, :, None, None]
+    return renamed
+
+
+def to_torchvision(model: nn.Module) -> State:
+    """State dict of `model` under torchvision's names and shapes."""
+    keys = torchvision_keys(model)
+    state = {keys[name]: value for name, value in model.state_dict().items()}
+    if not isinstance(model, SSDLite):
+        state["classifier.0.weight"] = state["classifier.0.weight"].flatten(1)
+    return state
+
+
+def to_our_names(model: nn.Module, state: Mapping[str, Tensor]) -> State:
+    """Bring a state dict of ours, timm's or torchvision's to the names of `model`.
+
+    A classifier's weights given for a detector become its backbone (the classifier's head is left
+    out); a detector's backbone given for a classifier becomes its trunk.
+
+    Args:
+        model: a classifier or a detector of ours, not wrapped.
+        state: name -> tensor.
+
+    Returns:
+        The state under our names. It may lack entries of the model, or have others.
+
+    Raises:
+        ValueError: if the names are of none of these libraries.
+    """
+    if "conv_stem.weight" in state:  # timm's classifier, or ours
+        if not isinstance(model, SSDLite):
+            return dict(state)
+        return {f"backbone.{k}": v for k, v in state.items() if not _is_classifier_head(k)}
+    if "backbone.conv_stem.weight" in state:  # our detector
+        if isinstance(model, SSDLite):
+            return dict(state)
+        return {
+            k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")
+        }
+    if "backbone.features.0.0.0.weight" in state and isinstance(model, SSDLite):
+        return from_torchvision(model, state)
+    if "features.0.0.weight" in state:
+        if not isinstance(model, SSDLite):
+            return from_torchvision(model, state)
+        names = _feature_modules(model.backbone, split_at=None)
+        ours = {theirs: f"backbone.{name}" for name, theirs in names.items()}
+        renamed = {}
+        for name, value in state.items():
+            module, _, leaf = name.rpartition(".")
+            if not name.startswith("classifier."):
+                renamed[f"{ours.get(module, module)}.{leaf}"] = value
+        return renamed
+    first = ", ".join(list(state)[:3])
+    raise ValueError(
+        f"weights: names {first}, ... are of no MobileNetV3 known here; give a state dict of "
+        "torchvision's or timm's mobilenetv3 or of a model directory"
+    )
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], *, source: str) -> None:
+    """Load a complete state dict (ours, timm's or torchvision's) into `model`.
+
+    Args:
+        model: a classifier or a detector of ours, not wrapped.
+        state: name -> tensor.
+        source: where it comes from, for messages.
+
+    Raises:
+        ValueError: on missing, unexpected or differently shaped entries, naming the first few.
+    """
+    state = to_our_names(model, state)
+    _check(model, state, source=source, optional=())
+    model.load_state_dict(state, strict=False)
+
+
+def load_backbone_weights(model: nn.Module, path: str | Path) -> list[str]:
+    """Start a model from a file with weights of torchvision, timm or ours.
+
+    A detector takes the backbone. A classifier takes everything but a last layer for another number
+    of classes, and its `conv_head` if the file has one.
+
+    Args:
+        model: a classifier or a detector of ours, not wrapped.
+        path: `.pth` or `.safetensors`.
+
+    Returns:
+        Names of the model's entries that were not in the file and stay as they were.
+
+    Raises:
+        ValueError: if the file does not fit the backbone, naming the first few entries.
+    """
+    state = to_our_names(model, read_state(path))
+    own = model.state_dict()
+    if isinstance(model, SSDLite):
+        state = {k: v for k, v in state.items() if k.startswith("backbone.")}
+        optional = tuple(k for k in own if not k.startswith("backbone."))
+    else:
+        optional = tuple(k for k in own if _is_classifier_head(k))
+        if any(
+            k in state and state[k].shape != own[k].shape for k in optional if "classifier." in k
+        ):
+            state = {k: v for k, v in state.items() if not k.startswith("classifier.")}
+    _check(model, state, source=str(path), optional=optional)
+    model.load_state_dict(state, strict=False)
+    return [name for name in own if name not in state and not name.endswith(_COUNTER)]
+
+
+def transfer(
+    model: nn.Module, state: Mapping[str, Tensor], *, source: str = "weights"
+) -> list[str]:
+    """Start a model from one with other classes, or a detector from a classifier.
+
+    Every entry of the same shape is taken. Only last layers (class predictions, and box predictions
+    under another number of anchors) and parts that `state` lacks altogether (extras and heads, when
+    it is a classifier's) stay freshly made.
+
+    Args:
+        model: a freshly made classifier or detector of ours, not wrapped.
+        state: name -> tensor; ours, timm's or torchvision's names.
+        source: where it comes from, for messages.
+
+    Returns:
+        Names of the entries that stay freshly made.
+
+    Raises:
+        ValueError: if anything else differs, naming the first few entries.
+    """
+    state = to_our_names(model, state)
+    own = model.state_dict()
+    present = {name.partition(".")[0] for name in state}
+    remade = []
+    for name, value in own.items():
+        part = name.partition(".")[0]
+        absent = part not in present and part not in ("backbone", "conv_stem", "bn1", "blocks")
+        differs = name in state and state[name].shape != value.shape and _is_last_layer(name)
+        if absent or differs:
+            remade.append(name)
+            state.pop(name, None)
+    _check(model, state, source=source, optional=tuple(remade))
+    model.load_state_dict(state, strict=False)
+    return [name for name in remade if not name.endswith(_COUNTER)]
+
+
+def _is_classifier_head(name: str) -> bool:
+    return name.startswith(("conv_head.", "classifier."))
+
+
+def _is_last_layer(name: str) -> bool:
+    """Whether an entry's shape follows the number of classes, or of anchors in a cell."""
+    parts = name.split(".")
+    return parts[0] == "classifier" or (
+        parts[0] in ("class_heads", "box_heads") and parts[2] == "1"
+    )
+
+
+def _check(
+    model: nn.Module, state: Mapping[str, Tensor], *, source: str, optional: tuple[str, ...]
+) -> None:
+    """Raise ValueError unless `state` fits `model`; entries in `optional` may be missing."""
+    own = model.state_dict()
+    may_lack = set(optional)
+    missing = [k for k in own if k not in state and k not in may_lack and not k.endswith(_COUNTER)]
+    unexpected = [k for k in state if k not in own]
+    shapes = [
+        f"{k} {tuple(state[k].shape)} instead of {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    for what, names in (
+        ("missing entries", missing),
+        ("unexpected entries", unexpected),
+        ("other shapes", shapes),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(
+                f"{source}: weights do not fit the model, {what}: {', '.join(names[:3])}{more}; "
+                "use the variant, width, reduced_tail and class count the weights were made with"
+            )

@@ -1,0 +1,1 @@
+"""Operations on boxes: coordinates and coder (boxes.py), detector post-process (nms.py)."""
