@@ -1,0 +1,1 @@
+"""Training: one loop for both tasks under Accelerate."""

@@ -1,0 +1,105 @@
+"""The processes of a run: are all there, do they agree, has one been asked to stop."""
+
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def check_launch(environ: dict[str, str] | None = None) -> None:
+    """Refuses to run with fewer processes than the launcher was asked for.
+
+    `accelerate launch --cpu --num_processes 2` starts one process, which shows as MASTER_ADDR
+    without WORLD_SIZE (Accelerate's CPU launcher needs mpirun). Training would go on silently
+    with half the batch or twice the time.
+
+    Raises:
+        ValueError: with the command that does start them.
+    """
+    env = os.environ if environ is None else environ
+    if "MASTER_ADDR" in env and "WORLD_SIZE" not in env and "PMI_SIZE" not in env:
+        if "OMPI_COMM_WORLD_SIZE" in env:
+            return
+        raise ValueError(
+            "the launcher was asked for several processes but started one (accelerate launch "
+            "--cpu does this); on CPUs use: torchrun --nproc-per-node 2 -m mbv3dist train RECIPE"
+        )
+
+
+def check_world_size(num_processes: int) -> None:
+    """Refuses to go on if fewer processes found each other than the launcher started."""
+    asked = int(os.environ.get("WORLD_SIZE", "1"))
+    if num_processes != asked:
+        raise ValueError(
+            f"the launcher started {asked} processes, but {num_processes} train together; start "
+            f"them with: torchrun --nproc-per-node {asked} -m mbv3dist train RECIPE"
+        )
+
+
+def local_rank() -> int:
+    """Rank within this node, 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def is_distributed() -> bool:
+    """Whether several processes train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def on_main_process(function: Callable[[], T]) -> T:
+    """Runs `function` on rank 0 and gives every rank its result, or its error.
+
+    Without this, an error that only rank 0 can meet (a full disk, say) leaves the others waiting.
+
+    Raises:
+        ValueError: `function` raised on rank 0; the message is the same on every rank.
+    """
+    if not is_distributed():
+        return function()
+    box: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            box[0] = function()
+        except (ValueError, OSError) as error:
+            box[1] = str(error)
+    dist.broadcast_object_list(box, src=0)
+    if box[1] is not None:
+        raise ValueError(box[1])
+    result: T = box[0]
+    return result
+
+
+class StopRequest:
+    """SIGTERM or SIGUSR1 asks for a checkpoint and a clean end; all ranks agree on the step.
+
+    The agreement runs on a gloo group of its own: the question never makes the GPU wait.
+    """
+
+    signals = (signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received = False
+        self._previous = {number: signal.signal(number, self._handle) for number in self.signals}
+        self._group = dist.new_group(backend="gloo") if is_distributed() else None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+
+    def agreed(self) -> bool:
+        """Whether any rank was asked to stop. Every rank must call this at the same step."""
+        if self._group is None:
+            return self.received
+        flag = torch.tensor([int(self.received)])
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(flag.item())
+
+    def close(self) -> None:
+        """Gives the signals back to their former handlers."""
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,255 @@
+"""The one training loop, for classifiers and detectors, on any number of processes.
+
+plan -> batch -> device colour and normalisation -> forward -> loss -> backward -> step. Accelerate
+gives processes, DDP and precision; order, schedule and checkpoints are ours, and all of them are
+functions of the step alone, so that a killed run continues as if nothing had happened.
+"""
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from mbv3dist.config import TrainConfig
+from mbv3dist.data.loader import Loader
+from mbv3dist.evaluation.run import evaluate
+from mbv3dist.models.directory import save_model
+from mbv3dist.training.checkpoint import save_checkpoint
+from mbv3dist.training.color import adjust_color
+from mbv3dist.training.optim import lr_factor, set_lr, train_mode
+from mbv3dist.training.processes import StopRequest, local_rank, on_main_process
+from mbv3dist.training.setup import Run, identity, prepare
+from mbv3dist.training.tracking import Meter, Tracker, format_numbers
+
+
+def train(config: TrainConfig, *, quiet: bool = False) -> dict[str, Any]:
+    """Trains a model and leaves it in `OUT/NAME/last` and, with validation, `OUT/NAME/best`.
+
+    Args:
+        config: the whole recipe.
+        quiet: print nothing.
+
+    Returns:
+        {run, steps, stopped, best_score, metric, val}: `val` holds the last validation's figures.
+
+    Raises:
+        ValueError: the recipe, the data or the launch do not fit together; one line says how.
+        OSError: the disk is full or not readable.
+    """
+    try:
+        run = prepare(config)
+    except (ValueError, OSError):
+        if local_rank() != 0:  # every rank meets the same error; one line of it is enough
+            raise SystemExit(2) from None
+        raise
+    try:
+        return fit(run, quiet=quiet)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
+    """The training loop, from `run.start_step` to the end of the plan."""
+    config, accelerator, plan, task = run.config, run.accelerator, run.plan, run.task
+    device, is_main = accelerator.device, accelerator.is_main_process
+    num_samples, rank = plan.num_samples, accelerator.process_index
+    world_size, accumulation = accelerator.num_processes, config.optim.accumulation_steps
+    mean, std = (
+        torch.tensor(v, device=device).view(1, 3, 1, 1)
+        for v in (run.spec.preprocess.mean, run.spec.preprocess.std)
+    )
+    view = config.data.view
+    has_color = max(view.brightness, view.contrast, view.saturation, view.hue) > 0
+    global_batch = config.data.global_batch_size
+    meter = Meter(device)
+    val: dict[str, Any] | None = None
+    step, stopped = run.start_step, False
+    saved_step = run.start_step
+    loader = Loader(
+        run.train_split,
+        plan,
+        view=view,
+        size=config.model.input_size,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        num_threads=config.data.num_threads,
+        prefetch=config.data.prefetch,
+        start_step=run.start_step,
+        pin_memory=device.type == "cuda",
+        verify=config.data.verify,
+    )
+    stop = StopRequest()
+    with (
+        Tracker(
+            accelerator, config, start_step=step, num_steps=plan.num_steps, quiet=quiet
+        ) as tracker,
+        loader,
+    ):
+        tracker.say(_banner(run))
+        train_mode(run.step_model)
+        for step, batch in loader:
+            batch = batch.to(device)
+            # Dropout depends on (seed, step, rank) alone: no generator state to save.
+            torch.manual_seed(((config.seed << 32) + step) * 65_537 + rank)
+            set_lr(
+                run.optimizer,
+                lr_factor(step * global_batch / num_samples, config.optim, epochs=config.epochs),
+            )
+
+            # The loss is divided by a count over ALL ranks and micro-batches, known from the
+            # targets alone, before any forward pass.
+            micro_batches = batch.split(accumulation)
+            targets = [task.targets(micro) for micro in micro_batches]
+            normalizer = torch.stack([task.normalizer(t) for t in targets]).sum().float()
+            if world_size > 1:
+                dist.all_reduce(normalizer)
+            scale = world_size / normalizer.clamp(min=1)  # DDP averages over ranks
+
+            for i, micro in enumerate(micro_batches):
+                images = micro.image.float().div_(255)
+                if has_color:
+                    images = adjust_color(images, micro.color)
+                images = (images - mean) / std
+                is_last = i == accumulation - 1
+                with contextlib.nullcontext() if is_last else accelerator.no_sync(run.step_model):
+                    losses = task.losses(run.step_model(images), micro, targets[i])
+                    accelerator.backward(torch.stack(list(losses.values())).sum() * scale)
+                meter.add(losses, normalizer)
+            if config.optim.clip_grad_norm > 0:
+                accelerator.clip_grad_norm_(run.model.parameters(), config.optim.clip_grad_norm)
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+            if run.ema is not None:
+                run.ema.update(run.model, step=step)  # type: ignore[operator]
+
+            step += 1  # steps done
+            meter.step(batch.image.shape[0] * world_size, loader.wait_s)
+            epoch = min(step * global_batch / num_samples, float(config.epochs))
+            is_end = step == plan.num_steps
+            if step % config.tracking.log_every_steps == 0 or is_end:
+                lr = run.optimizer.param_groups[-1]["lr"]
+                values = {"epoch": round(epoch, 4), **meter.read(), "lr": lr}
+                if not values["loss"] < float("inf"):
+                    raise ValueError(
+                        f"the loss became {values['loss']} before step {step}; lower --optim.lr, "
+                        "add --optim.warmup_epochs or --optim.clip_grad_norm"
+                    )
+                tracker.record("train", step, values)
+                stopped = stop.agreed() and not is_end
+
+            if run.val_split is not None and _is_eval_step(run, step) and not stopped:
+                val = validate(run)
+                keeps_on = _note_score(run, val[task.metric])
+                if run.evals_without_gain == 0 and is_main:
+                    _save_model(run, "best")
+                tracker.record("val", step, {"epoch": round(epoch, 4), **val})
+                tracker.say(f"validation at epoch {epoch:.2f}: {format_numbers(val)}")
+                train_mode(run.step_model)
+                meter.restart_clock()
+                is_end = is_end or not keeps_on
+
+            if _is_checkpoint_step(run, step) or stopped or is_end:
+                on_main_process(lambda step=step: _save_checkpoint(run, step))
+                saved_step = step
+            if stopped or is_end:
+                break
+        if is_main and not stopped:
+            _save_model(run, "last")
+        if stopped:
+            tracker.say(
+                f"stopped on request at step {step}, checkpoint written; --resume auto goes on"
+            )
+        elif saved_step == run.start_step == plan.num_steps:
+            tracker.say(f"nothing to do: all {plan.num_steps} steps are done")
+    stop.close()
+    accelerator.wait_for_everyone()
+    return {
+        "run": str(config.run_dir),
+        "steps": step,
+        "stopped": stopped,
+        "metric": task.metric,
+        "best_score": run.best_score if run.best_score >= 0 else None,
+        "val": val,
+    }
+
+
+def validate(run: Run) -> dict[str, Any]:
+    """Losses and metrics on the validation split, of the moving average if there is one."""
+    assert run.val_split is not None
+    model = run.ema.module if run.ema is not None else run.model
+    assert isinstance(model, nn.Module)
+    return evaluate(
+        model,
+        run.spec,
+        run.val_split,
+        batch_size=run.config.eval.batch_size,
+        device=run.accelerator.device,
+        num_threads=run.config.data.num_threads,
+    )
+
+
+def _save_checkpoint(run: Run, step: int) -> None:
+    optimizer: dict[str, Any] = {"optimizer": run.optimizer.state_dict()}
+    if run.accelerator.scaler is not None:
+        optimizer["scaler"] = run.accelerator.scaler.state_dict()
+    save_checkpoint(
+        run.config.run_dir,
+        step,
+        model=run.model.state_dict(),
+        ema=None if run.ema is None else run.ema.module.state_dict(),  # type: ignore[union-attr]
+        optimizer=optimizer,
+        state={
+            "identity": identity(run),
+            "best_score": run.best_score,
+            "evals_without_gain": run.evals_without_gain,
+        },
+        keep_last=run.config.checkpoint.keep_last,
+    )
+
+
+def _save_model(run: Run, name: str) -> None:
+    model = run.ema.module if run.ema is not None else run.model
+    assert isinstance(model, nn.Module)
+    save_model(model, run.spec, run.config.run_dir / name)
+
+
+def _note_score(run: Run, score: float | None) -> bool:
+    """Keeps account of the best score; False when patience has run out."""
+    score = -1.0 if score is None else score
+    if score > run.best_score:
+        run.best_score, run.evals_without_gain = score, 0
+    else:
+        run.evals_without_gain += 1
+    patience = run.config.eval.early_stop
+    return patience == 0 or run.evals_without_gain < patience
+
+
+def _is_eval_step(run: Run, step: int) -> bool:
+    """After the step that completes every n-th epoch, and at the end."""
+    done, before = (run.plan.epochs_finished(s) for s in (step, step - 1))
+    every = run.config.eval.every_epochs
+    return step == run.plan.num_steps or done // every > before // every
+
+
+def _is_checkpoint_step(run: Run, step: int) -> bool:
+    config = run.config.checkpoint
+    if config.every_steps and step % config.every_steps == 0:
+        return True
+    if not config.every_epochs:
+        return False
+    per_step = run.config.data.global_batch_size / run.plan.num_samples / config.every_epochs
+    return int(step * per_step + 1e-9) > int((step - 1) * per_step + 1e-9)
+
+
+def _banner(run: Run) -> str:
+    accelerator, plan = run.accelerator, run.plan
+    where = f"step {run.start_step} of {plan.num_steps}"
+    return (
+        f"{run.config.run_dir}: {run.spec.architecture}, {len(run.spec.classes)} classes, "
+        f"{plan.num_samples} training samples, {accelerator.num_processes} process(es) on "
+        f"{accelerator.device.type}, precision {accelerator.mixed_precision}, from {where}"
+    )

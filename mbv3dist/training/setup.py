@@ -1,0 +1,282 @@
+"""From a recipe to all the loop uses: data, plan, model, optimiser, where to start from."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
+
+from mbv3dist.config import TrainConfig, config_to_dict
+from mbv3dist.data.index import Split, open_split
+from mbv3dist.data.plan import Plan
+from mbv3dist.models.anchors import AnchorConfig
+from mbv3dist.models.directory import ModelSpec, Thresholds, create_model, load_model, new_spec
+from mbv3dist.models.ssdlite import SSDLite, parameter_groups
+from mbv3dist.models.weights import transfer
+from mbv3dist.training.checkpoint import (
+    Checkpoint,
+    find_checkpoint,
+    list_checkpoints,
+    load_checkpoint,
+)
+from mbv3dist.training.classification import ClassificationTask
+from mbv3dist.training.detection import DetectionTask
+from mbv3dist.training.optim import build_optimizer, train_mode
+from mbv3dist.training.processes import (
+    check_launch,
+    check_world_size,
+    is_distributed,
+    on_main_process,
+)
+
+
+@dataclass
+class Run:
+    """Everything the loop uses, made once by `prepare`."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    train_split: Split
+    val_split: Split | None
+    plan: Plan
+    spec: ModelSpec
+    task: ClassificationTask | DetectionTask
+    model: nn.Module  # bare: checkpoints and evaluation use it
+    step_model: nn.Module  # wrapped for DDP, precision and compilation: the loop calls it
+    optimizer: Any
+    ema: nn.Module | None
+    start_step: int
+    best_score: float
+    evals_without_gain: int
+
+
+def prepare(config: TrainConfig) -> Run:
+    """Opens the data, makes or restores the model, and checks that everything fits."""
+    check_launch()
+    if config.num_cpu_threads:
+        torch.set_num_threads(config.num_cpu_threads)
+    train_split = open_split(config.data.path, config.data.train_split)
+    val_split = (
+        open_split(config.data.path, config.data.val_split) if config.data.val_split else None
+    )
+    if train_split.task != config.task:
+        raise ValueError(
+            f"{config.data.path} is a {train_split.task} data set and --model.architecture "
+            f"{config.model.architecture} a {config.task} model; convert the data with --task "
+            f"{config.task}, or choose another architecture"
+        )
+    plan = Plan(
+        [shard.num_samples for shard in train_split.shards],
+        global_batch_size=config.data.global_batch_size,
+        epochs=config.epochs,
+        seed=config.seed,
+        lanes=config.data.lanes,
+        block_shards=config.data.block_shards,
+        tail=config.data.tail,
+    )
+    plan.check_world(int(os.environ.get("WORLD_SIZE", "1")), config.optim.accumulation_steps)
+    accelerator = make_accelerator(config)
+    on_main_process(lambda: _make_run_dir(config))
+
+    torch.manual_seed(config.seed)
+    spec, model = build_model(
+        config, train_split.classes, train_fingerprint=train_split.fingerprint
+    )
+    model = model.to(
+        accelerator.device,
+        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
+    )
+    if config.sync_bn:
+        from timm.layers import convert_sync_batchnorm
+
+        model = convert_sync_batchnorm(model)
+    optimizer = build_optimizer(parameter_groups(model), config.optim)
+    ema = None
+    if config.optim.ema_decay:
+        from timm.utils import ModelEmaV3
+
+        ema = ModelEmaV3(model, decay=config.optim.ema_decay, use_warmup=True)
+    step_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    if config.compile:
+        step_model = torch.compile(step_model)
+    task: ClassificationTask | DetectionTask
+    if isinstance(model, SSDLite):
+        task = DetectionTask.from_config(config, model.anchors)
+    else:
+        task = ClassificationTask.from_config(config)
+    run = Run(
+        config=config,
+        accelerator=accelerator,
+        train_split=train_split,
+        val_split=val_split,
+        plan=plan,
+        spec=spec,
+        task=task,
+        model=model,
+        step_model=step_model,
+        optimizer=prepared_optimizer,
+        ema=ema,
+        start_step=0,
+        best_score=-1.0,
+        evals_without_gain=0,
+    )
+    if is_distributed():
+        _settle_buckets(run)
+    if config.resume == "auto":
+        _resume(run)
+    return run
+
+
+def make_accelerator(config: TrainConfig) -> Accelerator:
+    """Accelerate as this loop uses it: no prepared loaders, no prepared schedules."""
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    else:
+        torch.backends.cudnn.benchmark = True
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=8)
+    accelerator = Accelerator(
+        cpu=not torch.cuda.is_available(),  # else torchrun's ranks would each train alone
+        mixed_precision=config.mixed_precision or None,
+        log_with="wandb" if config.tracking.wandb else None,
+        kwargs_handlers=[ddp],
+    )
+    if config.sync_bn and accelerator.device.type != "cuda":
+        raise ValueError("--sync_bn works on GPUs only; leave it out on CPUs")
+    check_world_size(accelerator.num_processes)
+    return accelerator
+
+
+def build_model(
+    config: TrainConfig, classes: tuple[str, ...], *, train_fingerprint: str = ""
+) -> tuple[ModelSpec, nn.Module]:
+    """The model of the recipe, from random weights, timm's, or a model directory."""
+    recipe = config.model
+    is_detector = config.task == "detection"
+    spec = new_spec(
+        recipe.architecture,
+        classes,
+        input_size=recipe.input_size,
+        width=recipe.width,
+        dropout=recipe.dropout,
+        reduced_tail=recipe.reduced_tail,
+        anchors=AnchorConfig(scales=recipe.anchor_scales, ratios=recipe.anchor_ratios)
+        if is_detector
+        else None,
+        thresholds=Thresholds(
+            score=recipe.score_threshold,
+            nms=recipe.nms_threshold,
+            topk_candidates=recipe.topk_candidates,
+            max_detections=recipe.max_detections,
+        )
+        if is_detector
+        else None,
+        pretrained=recipe.pretrained,
+        provenance={"run": config.name, "data": train_fingerprint, "seed": config.seed},
+    )
+    model = create_model(spec, pretrained=recipe.pretrained)
+    if recipe.init_from:
+        source = load_model(recipe.init_from)
+        if source.spec.task != config.task:
+            raise ValueError(
+                f"--model.init_from {recipe.init_from} is a {source.spec.task} model, this run "
+                f"trains a {config.task} model; give a model of the same task"
+            )
+        transfer(model, source.model.state_dict())
+    return spec, model
+
+
+def _settle_buckets(run: Run) -> None:
+    """One backward pass before the run.
+
+    DDP lays out its gradient buckets anew after the first step, and with them the order in which
+    gradients are added. Doing that before step 0, and again before a resumed step, makes both add
+    in the same order: the same bits.
+    """
+    before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
+    train_mode(run.step_model)
+    size = run.config.model.input_size
+    for _ in range(2):
+        outputs = run.step_model(torch.zeros(2, 3, size, size, device=run.accelerator.device))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.stack([out.float().mean() for out in outputs]).sum().backward()
+    run.model.load_state_dict(before)
+    run.model.zero_grad()
+
+
+def _resume(run: Run) -> None:
+    """Continues from the newest whole checkpoint, if there is one."""
+    path, complaints = find_checkpoint(run.config.run_dir)
+    for complaint in complaints:
+        run.accelerator.print(f"warning: {complaint}")
+    if path is None:
+        if complaints:
+            raise ValueError(
+                f"no checkpoint in {run.config.run_dir} is whole; start afresh with "
+                "--resume never --overwrite true"
+            )
+        return
+    checkpoint = load_checkpoint(path)
+    _check_same_run(run, checkpoint, path)
+    run.model.load_state_dict(checkpoint.model)
+    if run.ema is not None and checkpoint.ema is not None:
+        run.ema.module.load_state_dict(checkpoint.ema)  # type: ignore[union-attr]
+    run.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+    if run.accelerator.scaler is not None and "scaler" in checkpoint.optimizer:
+        run.accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
+    run.start_step = checkpoint.step
+    run.best_score = checkpoint.state["best_score"]
+    run.evals_without_gain = checkpoint.state["evals_without_gain"]
+
+
+def _check_same_run(run: Run, checkpoint: Checkpoint, path: Path) -> None:
+    """A checkpoint of other data, another order or another model cannot be continued."""
+    mine = identity(run)
+    theirs = checkpoint.state["identity"]
+    for name, value in mine.items():
+        if theirs.get(name) != value:
+            raise ValueError(
+                f"{path}: cannot be continued: {name} was {theirs.get(name)!r} and is now "
+                f"{value!r}; restore it, or start another run with --name, from these weights with "
+                f"--model.init_from {run.config.run_dir / 'last'}"
+            )
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What must be the same for a resumed run to be the same run; plain JSON values."""
+    return {
+        "architecture": run.spec.architecture,
+        "classes": list(run.spec.classes),
+        "input_size": run.spec.input_size,
+        "data fingerprint": run.train_split.fingerprint,
+        "optimizer": run.config.optim.name,
+        "ema_decay": run.config.optim.ema_decay,
+        "epochs": run.config.epochs,
+        **run.plan.state(),
+    }
+
+
+def _make_run_dir(config: TrainConfig) -> None:
+    """Makes the run's folder; an existing run is never overwritten by accident."""
+    folder = config.run_dir
+    if config.overwrite and config.resume == "never" and folder.exists():
+        if not (folder / "config.yaml").is_file():
+            raise ValueError(f"--overwrite: {folder} is not the folder of a run; choose --name")
+        shutil.rmtree(folder)
+    if config.resume == "never" and list_checkpoints(config.run_dir):
+        raise ValueError(
+            f"{folder} holds a run; continue it with --resume auto, or start afresh with "
+            "--overwrite true or another --name"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(config_to_dict(config), sort_keys=False)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    if config.resume == "never":
+        (folder / "metrics.jsonl").unlink(missing_ok=True)

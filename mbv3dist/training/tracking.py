@@ -1,0 +1,226 @@
+"""Where the numbers of a run go: the console, metrics.jsonl, and W&B through Accelerate.
+
+Only rank 0 writes. After a resume, records beyond the checkpoint are dropped from metrics.jsonl, so
+that every step stands in it once.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mbv3dist.config import TrainConfig, config_to_dict
+from mbv3dist.training.processes import is_distributed
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_PLAIN_LINE_SECONDS = 10.0  # between progress lines when the output is no terminal
+
+
+class Tracker:
+    """Metrics and progress of one run."""
+
+    def __init__(
+        self,
+        accelerator: "Accelerator",
+        config: TrainConfig,
+        *,
+        start_step: int,
+        num_steps: int,
+        quiet: bool = False,
+    ) -> None:
+        """Opens metrics.jsonl and, if asked, W&B.
+
+        Raises:
+            ValueError: W&B was asked for and cannot start.
+        """
+        self._accelerator = accelerator
+        self._is_main = accelerator.is_main_process
+        self._wandb = config.tracking.wandb
+        self._num_steps = num_steps
+        self._last_line = 0.0
+        self._path = config.run_dir / "metrics.jsonl"
+        self._progress: Any = None
+        self._quiet = quiet
+        if self._is_main:
+            _drop_records_after(self._path, start_step)
+        if self._wandb:
+            _start_wandb(accelerator, config)
+        if self._is_main and not quiet and sys.stdout.isatty():
+            self._progress = _progress_bar(start_step, num_steps)
+
+    def __enter__(self) -> "Tracker":
+        if self._progress is not None:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        if self._wandb and error is None:
+            self._accelerator.end_training()
+
+    def say(self, text: str) -> None:
+        """One line on the console, rank 0 only."""
+        if self._is_main and not self._quiet:
+            if self._progress is not None:
+                self._progress.console.print(text, highlight=False, markup=False)
+            else:
+                print(text, flush=True)
+
+    def advance(self, step: int, epoch: float, text: str = "") -> None:
+        """Shows that `step` steps are done."""
+        if self._progress is not None:
+            self._progress.update(
+                self._progress.task_ids[0], completed=step, epoch=epoch, numbers=text
+            )
+
+    def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Writes one record: kind `train` or `val`, after `step` steps."""
+        if self._is_main:
+            line = json.dumps({"kind": kind, "step": step, **values})
+            with self._path.open("a", encoding="utf-8") as handle:
+                handle.write(line + "\n")
+        if self._wandb:
+            self._accelerator.log(_flatten(kind, values), step=step)
+        if kind == "train":
+            text = format_numbers(values)
+            self.advance(step, values["epoch"], text)
+            now = time.monotonic()
+            is_due = now - self._last_line > _PLAIN_LINE_SECONDS or step == self._num_steps
+            if self._progress is None and is_due:
+                self._last_line = now
+                self.say(f"step {step}/{self._num_steps}  epoch {values['epoch']:.2f}  {text}")
+
+
+class Meter:
+    """Sums of losses on the device, read only when a record is written."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._sums: dict[str, Tensor] = {}
+        self.restart_clock()
+        self._steps = 0
+
+    def restart_clock(self) -> None:
+        """Leaves out what happened so far (a validation, say) from the rates."""
+        self._start, self._wait_s, self._images = time.perf_counter(), 0.0, 0
+
+    def add(self, losses: dict[str, Tensor], normalizer: Tensor) -> None:
+        """Adds the loss sums of a micro-batch; `normalizer` is the step's, over all ranks."""
+        for name, value in losses.items():
+            part = value.detach() / normalizer.clamp(min=1)
+            self._sums[name] = self._sums.get(name, 0) + part
+
+    def step(self, num_images: int, wait_s: float) -> None:
+        """Counts a step: its images over all ranks, and the wait for data."""
+        self._steps += 1
+        self._images += num_images
+        self._wait_s += wait_s
+
+    def read(self) -> dict[str, float]:
+        """Means since the last reading, over all ranks. Waits for the device."""
+        names = list(self._sums)
+        stacked = torch.stack([self._sums[name].double() for name in names])
+        if is_distributed():
+            dist.all_reduce(stacked)
+        means = (stacked / self._steps).tolist()
+        elapsed = time.perf_counter() - self._start
+        values = {"loss": sum(means), **dict(zip(names, means, strict=True))}
+        values["images_per_s"] = round(self._images / elapsed, 2)
+        values["data_wait"] = round(self._wait_s / elapsed, 4)
+        self._sums, self._steps = {}, 0
+        self.restart_clock()
+        return values
+
+
+def format_numbers(values: dict[str, Any]) -> str:
+    """The figures of a record that a person watches."""
+    shown = ("loss", "lr", "map", "map_50", "top1", "top5")
+    parts = [f"{name} {values[name]:.4g}" for name in shown if values.get(name) is not None]
+    if "images_per_s" in values:
+        parts.append(f"{values['images_per_s']:.0f} img/s")
+        parts.append(f"data wait {100 * values['data_wait']:.0f} %")
+    return "  ".join(parts)
+
+
+def _flatten(kind: str, values: dict[str, Any]) -> dict[str, float]:
+    flat = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(f"{kind}/{name}", value))
+        elif isinstance(value, int | float):
+            flat[f"{kind}/{name}"] = float(value)
+    return flat
+
+
+def _progress_bar(start_step: int, num_steps: int) -> Any:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    bar = Progress(
+        TextColumn("epoch {task.fields[epoch]:.2f}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[numbers]}"),
+    )
+    bar.add_task("steps", total=num_steps, completed=start_step, epoch=0.0, numbers="")
+    return bar
+
+
+def _drop_records_after(path: Path, step: int) -> None:
+    """Keeps the records of the first `step` steps; a half-written last line goes too."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _start_wandb(accelerator: "Accelerator", config: TrainConfig) -> None:
+    """Starts W&B on rank 0; a resumed run continues its W&B run."""
+    id_file = config.run_dir / "wandb_id"
+    init: dict[str, Any] = {"name": config.name, "dir": str(config.run_dir), "resume": "allow"}
+    if accelerator.is_main_process:
+        import wandb
+
+        if not id_file.exists():
+            id_file.write_text(wandb.util.generate_id())
+        init["id"] = id_file.read_text()
+    try:
+        accelerator.init_trackers(
+            config.tracking.project, config=config_to_dict(config), init_kwargs={"wandb": init}
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"--tracking.wandb: Weights & Biases did not start ({reason}); run `wandb login`, or "
+            "set WANDB_MODE=offline, or go without it: --tracking.wandb false"
+        ) from None
