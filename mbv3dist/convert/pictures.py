@@ -89,7 +89,7 @@ def _upright_rgb(image: Image, orientation: int) -> Picture:
     is_jpeg = form in ("JPEG", "MPO")  # MPO: a JPEG with further pictures behind it, from cameras
     rgb, has_alpha = to_rgb(image)
     if orientation > 1:
-        rgb = rgb.transpose(_transposition(orientation))
+        rgb = rgb.transpose(transposition(orientation))
     if not is_jpeg:
         kind = form.lower()
     elif orientation > 1:
@@ -103,7 +103,7 @@ def _upright_rgb(image: Image, orientation: int) -> Picture:
     return Picture(rgb, kind == "jpeg", kind, orientation, stored_size, has_alpha)
 
 
-def _transposition(orientation: int) -> Transpose:
+def transposition(orientation: int) -> Transpose:
     """Return the operation that brings a picture of this EXIF orientation upright."""
     from PIL.Image import Transpose
 

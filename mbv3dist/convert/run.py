@@ -35,7 +35,6 @@ from mbv3dist.convert.records import (
     Job,
     Options,
     Problem,
-    Record,
     Settings,
     SplitReport,
     name_problem,

@@ -52,6 +52,12 @@ def open_root(folder: Path, prefix: str) -> VocRoot:
         ValueError: if it has no annotation.
     """
     xml_folder = "Annotations/" if (folder / "Annotations").is_dir() else ""
+    inner = sorted(path.parent.name for path in folder.glob("*/Annotations") if path.is_dir())
+    if not xml_folder and inner:
+        raise ValueError(
+            f"{str(folder)!r} has no Annotations folder itself, but {', '.join(inner)} in it do; "
+            f"name these, such as {str(folder / inner[0])!r}"
+        )
     annotations: dict[str, Annotation | str] = {}
     upper_case = {}
     for name in walk_files(folder / xml_folder):
@@ -67,7 +73,10 @@ def open_root(folder: Path, prefix: str) -> VocRoot:
         except OSError as error:
             annotations[key] = f"cannot be read: {error.strerror or type(error).__name__}"
     if not annotations:
-        raise ValueError(_nothing_found(folder, xml_folder))
+        raise ValueError(
+            f"no annotation (*.xml) in {str(folder / xml_folder)!r}; name a folder with "
+            "Annotations/ and JPEGImages/, or with XML files beside pictures"
+        )
     pictures, names = _list_pictures(folder, xml_folder)
     lists = folder / "ImageSets" / "Main"
     has_lists = lists.is_dir() and any(lists.glob("*.txt"))
@@ -80,19 +89,6 @@ def open_root(folder: Path, prefix: str) -> VocRoot:
         names,
         lists if has_lists else None,
         upper_case,
-    )
-
-
-def _nothing_found(folder: Path, xml_folder: str) -> str:
-    inner = sorted(path.parent.name for path in folder.glob("*/Annotations") if path.is_dir())
-    if inner:
-        return (
-            f"{str(folder)!r} has no Annotations folder itself, but {', '.join(inner)} in it do; "
-            f"name these, such as {str(folder / inner[0])!r}"
-        )
-    return (
-        f"no annotation (*.xml) in {str(folder / xml_folder)!r}; name a folder with Annotations/ "
-        "and JPEGImages/, or with XML files beside pictures"
     )
 
 

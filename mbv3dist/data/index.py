@@ -243,7 +243,8 @@ def _build_split(root: Path, name: str, description: dict[str, Any]) -> Split:
     shards = []
     for entry in description["shardlist"]:
         url = entry["url"]
-        if "://" in url or url.startswith("pipe:") or ".." in PurePosixPath(url).parts:
+        parts = PurePosixPath(url).parts
+        if ":" in url or "\\" in url or ".." in parts or parts[:1] == ("/",):
             raise ValueError(f"{name}.json: shard {url!r} is not a relative path in the data set")
         shards.append(
             Shard(

@@ -23,6 +23,8 @@ from mbv3dist.data.plan import Plan, StepPlan, evaluation_range
 from mbv3dist.data.reader import Reader, Target, parse_target
 from mbv3dist.data.views import canvas_boxes, draw_color, make_view
 
+__all__ = ["Batch", "Loader", "eval_batches"]
+
 
 class Loader:
     """Training batches of one rank: iterating yields (step, Batch) for the rest of the run.

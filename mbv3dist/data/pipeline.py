@@ -153,6 +153,7 @@ class Pipeline:
                 try:
                     self._draw(work, place)
                 except BaseException as error:
+                    error.add_note(f"while drawing sample {int(work.request.index[place])}")
                     with self._lock:
                         work.errors[place] = error
             with self._lock:

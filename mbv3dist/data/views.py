@@ -182,26 +182,27 @@ def ssd_view(
 
     keep = np.ones(len(boxes), dtype=bool)
     if len(boxes):
-        origin = np.array((x0, y0, x0, y0))
-        crop = iou_crop(
-            config, draws, boxes=boxes - origin, width=region_width, height=region_height
-        )
+        region = (x0, y0, x0 + region_width, y0 + region_height)
+        crop = iou_crop(config, draws, boxes=boxes, region=region)
         if crop is not None:
-            (cx0, cy0, cx1, cy1), keep = crop
-            x0, y0 = x0 + cx0, y0 + cy0
-            region_width, region_height = cx1 - cx0, cy1 - cy0
+            (x0, y0, x1, y1), keep = crop
+            region_width, region_height = x1 - x0, y1 - y0
     src_x, dst_x = _place_axis(x0, region_width, width, size)
     src_y, dst_y = _place_axis(y0, region_height, height, size)
     return _from_axes(src_x, src_y, dst_x, dst_y), keep
 
 
 def iou_crop(
-    config: ViewConfig, draws: Draws, *, boxes: np.ndarray, width: float, height: float
+    config: ViewConfig,
+    draws: Draws,
+    *,
+    boxes: np.ndarray,
+    region: tuple[float, float, float, float],
 ) -> tuple[tuple[float, float, float, float], np.ndarray] | None:
-    """Draw a crop by torchvision's RandomIoUCrop rule; None means the whole picture.
+    """Draw a crop of the region (xyxy) by torchvision's RandomIoUCrop rule; None means all of it.
 
     An option is drawn: no crop, or one of `min_ious`. A crop (sides of `crop_scale_min` to 1 times
-    the picture's, aspect ratio 1/2 to 2) is good when at least one box has its centre inside, and
+    the region's, aspect ratio 1/2 to 2) is good when at least one box has its centre inside, and
     the LARGEST IoU of the crop with those boxes reaches the option's minimum; boxes with their
     centre outside are dropped. After 40 bad crops another option is drawn. As in torchvision, one
     box that fits is enough: a crop need not reach the minimum with every box. Unlike there, crops
@@ -210,40 +211,56 @@ def iou_crop(
     Returns:
         None, or the crop (xyxy) and bool [M]: boxes whose centre is inside.
     """
-    center_x = (boxes[:, 0] + boxes[:, 2]) * 0.5
-    center_y = (boxes[:, 1] + boxes[:, 3]) * 0.5
-    widths, heights = boxes[:, 2] - boxes[:, 0], boxes[:, 3] - boxes[:, 1]
-    areas = widths * heights
-    low, trials = config.crop_scale_min, IOU_CROP_TRIALS
+    x0, y0, x1, y1 = region
+    sides = boxes[:, 2:] - boxes[:, :2]
     # The best that any crop can reach: as small as allowed and around the box. Small objects rule
     # most options out, and 40 trials that must fail need not be drawn.
-    best = areas / (np.maximum(widths, low * width) * np.maximum(heights, low * height))
-    best_iou = float(best.max())
+    smallest = ((x1 - x0) * config.crop_scale_min, (y1 - y0) * config.crop_scale_min)
+    best_iou = float((sides / np.maximum(sides, smallest)).prod(axis=1).max())
     for _ in range(IOU_CROP_ROUNDS):
         if not config.min_ious or draws.uniform() >= config.crop_probability:
             return None
         min_iou = config.min_ious[draws.integer(len(config.min_ious))]
-        if min_iou > best_iou + 1e-6:
-            continue
-        # All trials at once, columns [trials, 1] against boxes [M]: the first good one counts.
-        scale_x, scale_y, x, y = draws.uniforms(4 * trials).reshape(4, trials, 1)
-        scale_x, scale_y = low + (1.0 - low) * scale_x, low + (1.0 - low) * scale_y
-        x0, y0 = x * (1.0 - scale_x) * width, y * (1.0 - scale_y) * height
-        x1, y1 = x0 + scale_x * width, y0 + scale_y * height
-        inside = (x0 < center_x) & (center_x < x1) & (y0 < center_y) & (center_y < y1)
-        overlap_x = np.minimum(x1, boxes[:, 2]) - np.maximum(x0, boxes[:, 0])
-        overlap_y = np.minimum(y1, boxes[:, 3]) - np.maximum(y0, boxes[:, 1])
-        overlap = overlap_x * overlap_y  # meaningful where `inside`: then both are positive
-        iou = overlap / ((x1 - x0) * (y1 - y0) + areas - overlap)
-        good = (inside & (iou >= min_iou)).any(axis=1)
-        crop_width, crop_height = (x1 - x0)[:, 0], (y1 - y0)[:, 0]
-        good &= crop_width <= IOU_CROP_RATIO * crop_height
-        good &= crop_height <= IOU_CROP_RATIO * crop_width
-        first = int(good.argmax())
-        if good[first]:
-            left, top, right, bottom = (float(side[first, 0]) for side in (x0, y0, x1, y1))
-            return (left, top, right, bottom), inside[first]
+        if min_iou <= best_iou + 1e-6:
+            crop = _try_crops(config, draws, boxes=boxes, region=region, min_iou=min_iou)
+            if crop is not None:
+                return crop
     return None
+
+
+def _try_crops(
+    config: ViewConfig,
+    draws: Draws,
+    *,
+    boxes: np.ndarray,
+    region: tuple[float, float, float, float],
+    min_iou: float,
+) -> tuple[tuple[float, float, float, float], np.ndarray] | None:
+    """Return the first good one of 40 random crops of the region, as `iou_crop` does."""
+    width, height = region[2] - region[0], region[3] - region[1]
+    low = config.crop_scale_min
+    # All trials at once: columns [trials, 1] against boxes [M].
+    random = draws.uniforms(4 * IOU_CROP_TRIALS).reshape(4, IOU_CROP_TRIALS, 1)
+    crop_width = (low + (1.0 - low) * random[0]) * width
+    crop_height = (low + (1.0 - low) * random[1]) * height
+    x0 = region[0] + random[2] * (width - crop_width)
+    y0 = region[1] + random[3] * (height - crop_height)
+    x1, y1 = x0 + crop_width, y0 + crop_height
+    left, top, right, bottom = boxes.T
+    center_x, center_y = (left + right) * 0.5, (top + bottom) * 0.5
+    inside = (x0 < center_x) & (center_x < x1) & (y0 < center_y) & (center_y < y1)
+    overlap_x = np.minimum(x1, right) - np.maximum(x0, left)
+    overlap_y = np.minimum(y1, bottom) - np.maximum(y0, top)
+    overlap = overlap_x * overlap_y  # meaningful where `inside`: then both are positive
+    union = crop_width * crop_height + (right - left) * (bottom - top) - overlap
+    good = (inside & (overlap >= min_iou * union)).any(axis=1, keepdims=True)
+    good &= crop_width <= IOU_CROP_RATIO * crop_height
+    good &= crop_height <= IOU_CROP_RATIO * crop_width
+    first = int(good.argmax())
+    if not good[first, 0]:
+        return None
+    crop = (float(x0[first, 0]), float(y0[first, 0]), float(x1[first, 0]), float(y1[first, 0]))
+    return crop, inside[first]
 
 
 def make_view(

@@ -90,16 +90,10 @@ def create_classifier(
         raise ValueError(f"number of classes: {num_classes} must be at least 1")
     if bn_eps is None:
         bn_eps = TIMM_BN_EPS if pretrained else BN_EPS
-    last, final, head = _TAIL[variant]
-    divide = 2 if reduced_tail else 1
-    arch_def = [
-        [block.format(last=last // divide, final=final // divide) for block in stage]
-        for stage in _STAGES[variant]
-    ]
     model = MobileNetV3(
-        block_args=decode_arch_def(arch_def),
+        block_args=decode_arch_def(_arch_def(variant, reduced_tail=reduced_tail)),
         num_classes=num_classes,
-        num_features=head // divide,
+        num_features=_TAIL[variant][2] // (2 if reduced_tail else 1),
         stem_size=16,
         fix_stem=width < 0.75,
         round_chs_fn=partial(round_channels, multiplier=width),
@@ -119,6 +113,11 @@ def create_classifier(
             state = {k: v for k, v in state.items() if not k.startswith("classifier.")}
         model.load_state_dict(state, strict=False)
     return model
+
+
+def _arch_def(variant: str, *, reduced_tail: bool) -> list[list[str]]:
+    last, final, _ = (channels // (2 if reduced_tail else 1) for channels in _TAIL[variant])
+    return [[block.format(last=last, final=final) for block in stage] for stage in _STAGES[variant]]
 
 
 def pretrained_state(variant: str, *, width: float, reduced_tail: bool) -> dict[str, Tensor]:

@@ -10,6 +10,9 @@ Shapes: B pictures, A anchors (all maps), C classes without background, S anchor
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from timm.models._efficientnet_builder import round_channels
 from timm.models.mobilenetv3 import MobileNetV3
@@ -20,6 +23,7 @@ from mbv3dist.models.mobilenetv3 import BN_EPS, DETECTOR_BN_MOMENTUM, TIMM_BN_EP
 
 EXTRA_CHANNELS = (512, 256, 256, 128)
 NUM_MAPS = 2 + len(EXTRA_CHANNELS)
+Norm = Callable[[int], nn.Module]  # channels -> batch norm
 
 
 class SSDLite(nn.Module):
@@ -67,6 +71,7 @@ class SSDLite(nn.Module):
             raise ValueError(f"model.input_size: {input_size} must be at least 32 pixels")
         if bn_eps is None:
             bn_eps = TIMM_BN_EPS if pretrained else BN_EPS
+        norm = partial(nn.BatchNorm2d, eps=bn_eps, momentum=bn_momentum)
         config = anchor_config or AnchorConfig()
         self.input_size = input_size
         self.num_classes = num_classes
@@ -81,14 +86,11 @@ class SSDLite(nn.Module):
         extras = [round_channels(c, width, channel_min=16) for c in EXTRA_CHANNELS]
         channels = [*self.backbone.out_channels, *extras]
         self.extras = nn.ModuleList(
-            _extra_block(channels_in, channels_out, eps=bn_eps, momentum=bn_momentum)
+            _extra_block(channels_in, channels_out, norm)
             for channels_in, channels_out in zip(channels[1:], extras, strict=False)
         )
         self.class_heads, self.box_heads = (
-            nn.ModuleList(
-                _head(c, config.num_per_cell * columns, eps=bn_eps, momentum=bn_momentum)
-                for c in channels
-            )
+            nn.ModuleList(_head(c, config.num_per_cell * columns, norm) for c in channels)
             for columns in (num_classes + 1, 4)
         )
         # torchvision starts an untrained backbone from the same distribution as the new layers.
@@ -96,9 +98,8 @@ class SSDLite(nn.Module):
             init_convolutions(part)
         if not pretrained:
             init_convolutions(self.backbone)
-        anchors = make_anchors(
-            config, feature_sizes((input_size, input_size)), size=(input_size, input_size)
-        )
+        canvas = (input_size, input_size)
+        anchors = make_anchors(config, feature_sizes(canvas), size=canvas)
         self.register_buffer("anchors", anchors, persistent=False)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,12 +191,11 @@ def _per_anchor(x: Tensor, columns: int) -> Tensor:
 def _conv_bn_relu6(
     channels_in: int,
     channels_out: int,
+    norm: Norm,
     *,
     kernel: int = 1,
     stride: int = 1,
     groups: int = 1,
-    eps: float,
-    momentum: float,
 ) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(
@@ -207,28 +207,24 @@ def _conv_bn_relu6(
             groups=groups,
             bias=False,
         ),
-        nn.BatchNorm2d(channels_out, eps=eps, momentum=momentum),
+        norm(channels_out),
         nn.ReLU6(inplace=True),
     )
 
 
-def _extra_block(
-    channels_in: int, channels_out: int, *, eps: float, momentum: float
-) -> nn.Sequential:
+def _extra_block(channels_in: int, channels_out: int, norm: Norm) -> nn.Sequential:
     """Halve a map: 1x1 -> depthwise 3x3 with stride 2 -> 1x1."""
     middle = channels_out // 2
     return nn.Sequential(
-        _conv_bn_relu6(channels_in, middle, eps=eps, momentum=momentum),
-        _conv_bn_relu6(
-            middle, middle, kernel=3, stride=2, groups=middle, eps=eps, momentum=momentum
-        ),
-        _conv_bn_relu6(middle, channels_out, eps=eps, momentum=momentum),
+        _conv_bn_relu6(channels_in, middle, norm),
+        _conv_bn_relu6(middle, middle, norm, kernel=3, stride=2, groups=middle),
+        _conv_bn_relu6(middle, channels_out, norm),
     )
 
 
-def _head(channels: int, columns: int, *, eps: float, momentum: float) -> nn.Sequential:
+def _head(channels: int, columns: int, norm: Norm) -> nn.Sequential:
     """Predict from a map: depthwise 3x3 -> 1x1 with bias."""
     return nn.Sequential(
-        _conv_bn_relu6(channels, channels, kernel=3, groups=channels, eps=eps, momentum=momentum),
+        _conv_bn_relu6(channels, channels, norm, kernel=3, groups=channels),
         nn.Conv2d(channels, columns, 1),
     )

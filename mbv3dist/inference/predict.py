@@ -1,0 +1,377 @@
+"""Prediction: pictures, folders or globs in; drawn pictures and predictions.json out.
+
+Pictures go through the views and the decoder that evaluation uses, so that a picture gets the
+same detections in both. From Python, `detect` and `classify` take pictures that are in memory.
+"""
+
+import io
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+from mbv3dist.config import ViewConfig
+from mbv3dist.data.decode import Picture
+from mbv3dist.data.draws import Draws
+from mbv3dist.data.views import make_view
+from mbv3dist.inference.sources import drawing_names, find_pictures
+from mbv3dist.models.directory import LoadedModel, ModelSpec, load_model
+from mbv3dist.models.preprocess import (
+    PictureDetections,
+    detections_on_source,
+    evaluation_view,
+    normalize,
+)
+from mbv3dist.viz.draw import draw_boxes, draw_classes
+
+DISPLAY_THRESHOLD = 0.3  # below this, most detections are noise to a person
+PREDICTIONS_FILE = "predictions.json"
+_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
+_NO_BOXES = np.zeros((0, 4), dtype=np.float32)
+
+ImageLike = Image.Image | np.ndarray | Tensor
+Model = LoadedModel | tuple[nn.Module, ModelSpec]
+
+
+def predict(
+    model: str | Path | LoadedModel,
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    score_threshold: float | None = None,
+    batch_size: int = 8,
+    device: str = "auto",
+    top: int = 5,
+    draw: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Find or name what is in pictures, draw it, and write predictions.json.
+
+    Args:
+        model: Model directory, or a loaded model.
+        sources: Pictures, folders (searched with all below them) or globs (`**` allowed).
+        out: Folder for the drawn pictures and predictions.json; made if missing. Drawn pictures
+            keep the stem of their file; equal stems get "-2", "-3", ...
+        score_threshold: Detections below are left out; None: the model's own, at least 0.3.
+        batch_size: Pictures at a time.
+        device: auto, cpu, cuda or cuda:N.
+        top: Classifiers: answers per picture.
+        draw: Whether to draw pictures.
+        progress: Called with (pictures done, pictures).
+
+    Returns:
+        The content of predictions.json, {pictures: [...]} with {file, width, height, drawing,
+        detections: [{label, score, box: [x1, y1, x2, y2]}]} each, boxes in pixels of the upright
+        picture, 0-based, half-open; a classifier gives top: [{label, score}] instead of
+        detections, best first. `drawing` is a file name in `out`, or None.
+
+    Raises:
+        ValueError: No picture was found, one cannot be read, or `out` would overwrite one.
+    """
+    loaded = model if isinstance(model, LoadedModel) else load_model(model)
+    if score_threshold is not None and not 0.0 <= score_threshold < 1.0:
+        raise ValueError(f"--score-threshold {score_threshold}: give a number from 0 to below 1")
+    if batch_size < 1 or top < 1:
+        raise ValueError(f"batch size {batch_size} and top {top} must be at least 1")
+    runner = _Runner(loaded.model, loaded.spec, device=choose_device(device))
+    if score_threshold is None and loaded.spec.thresholds is not None:
+        score_threshold = max(DISPLAY_THRESHOLD, loaded.spec.thresholds.score)
+    out = Path(out)
+    files = find_pictures(sources, out=out)
+    names: Sequence[str | None] = drawing_names(files) if draw else [None] * len(files)
+    _make_folder(out)
+    entries: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(max_workers=min(batch_size, os.cpu_count() or 1)) as pool:
+        for first in range(0, len(files), batch_size):
+            group = files[first : first + batch_size]
+            prepared = list(pool.map(lambda path: runner.prepare_file(path, keep=draw), group))
+            answers = runner.run(prepared, score_threshold=score_threshold, top=top)
+            jobs = list(zip(group, names[first:], prepared, answers, strict=False))
+            entries += pool.map(lambda job: _finish(*job, spec=loaded.spec, out=out), jobs)
+            if progress is not None:
+                progress(len(entries), len(files))
+    result = {"pictures": entries}
+    _write_json(out / PREDICTIONS_FILE, result)
+    return result
+
+
+def detect(
+    model: Model,
+    images: Iterable[ImageLike],
+    *,
+    score_threshold: float | None = None,
+    batch_size: int = 8,
+) -> list[dict[str, Tensor]]:
+    """Detect objects on pictures in memory; the answer has the form of torchvision's detectors.
+
+    Args:
+        model: A loaded detector, or (module, spec); it computes where it is.
+        images: PIL pictures, numpy uint8 [H, W, 3] or [H, W], or tensors [3, H, W], uint8 or
+            float in [0, 1].
+        score_threshold: Detections below are left out; None: the model's own.
+        batch_size: Pictures at a time.
+
+    Returns:
+        One dictionary per picture, best score first, on the CPU: boxes float32 [D, 4], xyxy pixels
+        of the upright picture; scores float32 [D]; labels int64 [D], numbers into `spec.classes`
+        from 0 (unlike torchvision, whose 0 is the background).
+
+    Raises:
+        ValueError: The model is a classifier, or a picture has another form.
+    """
+    runner = _Runner.of(model, task="detection")
+    results = []
+    for group in _groups(images, batch_size):
+        prepared = [runner.prepare(_encoded(image)) for image in group]
+        for found in runner.run(prepared, score_threshold=score_threshold):
+            assert isinstance(found, PictureDetections)
+            results.append(
+                {
+                    "boxes": torch.from_numpy(found.boxes.copy()),
+                    "scores": torch.from_numpy(found.scores.copy()),
+                    "labels": torch.from_numpy(found.labels.copy()),
+                }
+            )
+    return results
+
+
+def classify(
+    model: Model, images: Iterable[ImageLike], *, top: int = 5, batch_size: int = 8
+) -> list[list[tuple[str, float]]]:
+    """Name what is on pictures in memory.
+
+    Args:
+        model: A loaded classifier, or (module, spec); it computes where it is.
+        images: As for `detect`.
+        top: Answers per picture; not more than there are classes.
+        batch_size: Pictures at a time.
+
+    Returns:
+        (class name, probability) for each picture, best first.
+
+    Raises:
+        ValueError: The model is a detector, or a picture has another form.
+    """
+    runner = _Runner.of(model, task="classification")
+    results: list[list[tuple[str, float]]] = []
+    for group in _groups(images, batch_size):
+        prepared = [runner.prepare(_encoded(image)) for image in group]
+        for best in runner.run(prepared, top=top):
+            assert isinstance(best, list)
+            results.append(best)
+    return results
+
+
+def choose_device(device: str) -> torch.device:
+    """The device that a flag names; auto is a GPU if there is one.
+
+    Raises:
+        ValueError: There is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError):
+        raise ValueError(
+            f"--device {device}: torch cannot use it here; give auto, cpu, cuda or cuda:N"
+        ) from None
+    return chosen
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A decoded picture: its canvas (uint8 [S, S, 3]), view, size, and the whole if it is drawn."""
+
+    canvas: np.ndarray
+    view: np.ndarray
+    height: int
+    width: int
+    whole: Image.Image | None
+
+
+class _Runner:
+    """A model with what is needed to prepare pictures for it."""
+
+    def __init__(
+        self, module: nn.Module, spec: ModelSpec, *, device: torch.device | None = None
+    ) -> None:
+        self._view: ViewConfig = evaluation_view(spec)
+        self._spec = spec
+        self._device = next(module.parameters()).device if device is None else device
+        self._module = module.to(self._device)
+
+    @classmethod
+    def of(cls, model: Model, *, task: str) -> "_Runner":
+        module, spec = (
+            (model.model, model.spec) if isinstance(model, LoadedModel) else (model[0], model[1])
+        )
+        if spec.task != task:
+            name = "classify" if spec.task == "classification" else "detect"
+            raise ValueError(f"{spec.architecture} is a {spec.task} model; use {name}() with it")
+        return cls(module, spec)
+
+    def prepare_file(self, path: Path, *, keep: bool) -> _Prepared:
+        try:
+            return self.prepare(path.read_bytes(), keep=keep)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; repair or remove this picture") from error
+
+    def prepare(self, data: bytes, *, keep: bool = False) -> _Prepared:
+        """Decode a file's bytes as evaluation does."""
+        picture = Picture(data)
+        size = self._spec.input_size
+        view, _ = make_view(
+            self._view,
+            width=picture.width,
+            height=picture.height,
+            size=size,
+            boxes=_NO_BOXES,
+            draws=Draws(0, epoch=0, sample=0),
+        )
+        canvas = np.empty((size, size, 3), dtype=np.uint8)
+        picture.draw(view, canvas, fill=self._view.fill)
+        whole = picture.image() if keep else None
+        return _Prepared(canvas, view.vector(), picture.height, picture.width, whole)
+
+    @torch.no_grad()
+    def run(
+        self,
+        prepared: Sequence[_Prepared],
+        *,
+        score_threshold: float | None = None,
+        top: int = 1,
+    ) -> list[PictureDetections] | list[list[tuple[str, float]]]:
+        """Detections, or the best classes with their probabilities, of each picture."""
+        pixels = torch.from_numpy(np.stack([item.canvas for item in prepared]))
+        images = normalize(pixels.to(self._device).permute(0, 3, 1, 2), self._spec.preprocess)
+        modes = [(module, module.training) for module in self._module.modules()]
+        try:
+            outputs = self._module.eval()(images)
+        finally:
+            for module, was_training in modes:
+                module.training = was_training
+        if self._spec.task == "detection":
+            class_logits, box_deltas = outputs
+            anchors = self._module.anchors
+            assert isinstance(anchors, Tensor)
+            return detections_on_source(
+                class_logits,
+                box_deltas,
+                anchors,
+                spec=self._spec,
+                view=np.stack([item.view for item in prepared]),
+                size=np.array([(item.height, item.width) for item in prepared]),
+                score_threshold=score_threshold,
+            )
+        names = self._spec.classes
+        scores, labels = outputs.float().softmax(dim=1).topk(min(top, len(names)), dim=1)
+        return [
+            [(names[label], score) for label, score in zip(*row, strict=True)]
+            for row in zip(labels.tolist(), scores.tolist(), strict=True)
+        ]
+
+
+def _finish(
+    path: Path,
+    name: str | None,
+    item: _Prepared,
+    answer: PictureDetections | list[tuple[str, float]],
+    *,
+    spec: ModelSpec,
+    out: Path,
+) -> dict[str, Any]:
+    """Draw one picture's answer into `out` and return its entry of predictions.json."""
+    entry: dict[str, Any] = {
+        "file": path.as_posix(),
+        "width": item.width,
+        "height": item.height,
+        "drawing": name,
+    }
+    if isinstance(answer, PictureDetections):
+        entry["detections"] = [
+            {"label": spec.classes[label], "score": round(score, 6), "box": box}
+            for label, score, box in zip(
+                answer.labels.tolist(),
+                answer.scores.tolist(),
+                answer.boxes.astype(np.float64).round(3).tolist(),
+                strict=True,
+            )
+        ]
+    else:
+        entry["top"] = [{"label": label, "score": round(score, 6)} for label, score in answer]
+    if name is not None:
+        assert item.whole is not None
+        if isinstance(answer, PictureDetections):
+            drawn = draw_boxes(
+                item.whole,
+                answer.boxes,
+                answer.labels.tolist(),
+                classes=spec.classes,
+                scores=answer.scores.tolist(),
+            )
+        else:
+            drawn = draw_classes(item.whole, answer)
+        drawn.save(out / name, quality=92, subsampling=0)
+    return entry
+
+
+def _groups(images: Iterable[ImageLike], batch_size: int) -> Iterator[list[ImageLike]]:
+    assert batch_size >= 1
+    group: list[ImageLike] = []
+    for image in images:
+        group.append(image)
+        if len(group) == batch_size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _encoded(image: ImageLike) -> bytes:
+    """A picture in memory as the bytes of a lossless file, so that one decoder serves all."""
+    if isinstance(image, Tensor):
+        if image.ndim != 3 or image.shape[0] != 3:
+            raise ValueError(f"a tensor has shape {tuple(image.shape)}; give [3, H, W]")
+        if image.is_floating_point():
+            if not bool(((image >= 0) & (image <= 1)).all()):
+                raise ValueError("a float tensor has values outside 0 to 1; divide it by 255")
+            image = (image * 255).round().to(torch.uint8)
+        image = image.permute(1, 2, 0).cpu().numpy()
+    if isinstance(image, np.ndarray):
+        grey_or_rgb = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
+        if image.dtype != np.uint8 or not grey_or_rgb:
+            raise ValueError(
+                f"an array is {image.dtype} {image.shape}; give uint8 [H, W, 3] or [H, W]"
+            )
+        image = Image.fromarray(image)
+    upright = ImageOps.exif_transpose(image)
+    if upright.mode not in _PNG_MODES:
+        upright = upright.convert("RGB")
+    buffer = io.BytesIO()
+    upright.save(buffer, "PNG", compress_level=0)
+    return buffer.getvalue()
+
+
+def _make_folder(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise ValueError(f"--out {out} is a file; give a folder") from None
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write the file whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    temporary.write_text(text + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,1 @@
+"""Tools around training: the quickstart, the data set it draws, and checks of the machine."""

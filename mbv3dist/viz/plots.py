@@ -1,0 +1,240 @@
+"""Plots of a run's metrics with matplotlib, which is imported only when something is plotted.
+
+The figures are made without pyplot: no window, no global state, safe in threads.
+"""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Records = Sequence[Mapping[str, Any]]
+
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+_GREY = "#666666"
+_GRID = "#dddddd"
+_METRICS = {
+    "map": "mAP (IoU 0.50:0.95)",
+    "map_50": "mAP@50",
+    "voc_map": "VOC mAP",
+    "top1": "top-1",
+    "top5": "top-5",
+}
+_LOSSES = {
+    "loss": "total",
+    "loss_regression": "regression",
+    "loss_classification": "classification",
+}
+
+
+def read_metrics(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, in order; a last line cut short by a kill is left out.
+
+    Raises:
+        ValueError: The file is missing or holds something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; give the metrics.jsonl of a run")
+    lines = path.read_text(encoding="utf-8").splitlines()
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            record["kind"], record["step"]
+        except (ValueError, KeyError, TypeError):
+            if number == len(lines):
+                break
+            raise ValueError(f"{path}: line {number} is no record of a run") from None
+        records.append(record)
+    return records
+
+
+def plot_training(
+    metrics: str | Path | Records, out: str | Path, *, title: str | None = None
+) -> Path:
+    """Draw a run: losses, scores on the validation split, learning rate and speed over epochs.
+
+    Args:
+        metrics: A metrics.jsonl, or its records: {kind: train | val, step, epoch, loss, lr, ...}.
+        out: Picture to write; the extension says the format (png, svg, pdf).
+        title: Heading; None: none.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: There is no record.
+    """
+    records = read_metrics(metrics) if isinstance(metrics, str | Path) else metrics
+    train = [record for record in records if record["kind"] == "train"]
+    val = [record for record in records if record["kind"] == "val"]
+    if not train and not val:
+        raise ValueError(f"{out}: there is nothing to plot yet; no metrics were recorded")
+    panels: list[Callable[[Axes], None]] = [lambda axes: _plot_losses(axes, train, val)]
+    if any(record.get(name) is not None for record in val for name in _METRICS):
+        panels.append(lambda axes: _plot_scores(axes, val))
+    if any("lr" in record for record in train):
+        panels.append(lambda axes: _plot_lr(axes, train))
+    if any("images_per_s" in record for record in train):
+        panels.append(lambda axes: _plot_speed(axes, train))
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _figure(width=5.6 * columns, height=3.5 * rows + (0.4 if title else 0.0))
+    for number, panel in enumerate(panels, start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        panel(axes)
+        axes.set_xlabel("epoch")
+        axes.set_xlim(left=0)
+        axes.grid(color=_GRID, linewidth=0.7)
+    if title:
+        figure.suptitle(title, fontsize=12, fontweight="bold")
+    return _save(figure, out)
+
+
+def plot_class_scores(
+    result: Mapping[str, Any], out: str | Path, *, title: str | None = None
+) -> Path:
+    """Draw the scores of every class as bars, best first.
+
+    Args:
+        result: As `evaluate` returns it, with `per_class`.
+        out: Picture to write; the extension says the format.
+        title: Heading; None: none.
+
+    Returns:
+        The path written.
+
+    Raises:
+        ValueError: No class has a score.
+    """
+    keys = {"ap_50": "AP@50", "ap": "AP (IoU 0.50:0.95)"} if "map" in result else {"top1": "top-1"}
+    main = next(iter(keys))
+    rows = [(name, row) for name, row in result["per_class"].items() if row[main] is not None]
+    if not rows:
+        raise ValueError(f"{out}: no class has a score to plot")
+    rows.sort(key=lambda item: (item[1][main], item[0]))
+    figure = _figure(width=7.0, height=1.3 + 0.34 * len(rows) * (1 + 0.3 * (len(keys) - 1)))
+    axes = figure.add_subplot()
+    thickness = 0.8 / len(keys)
+    for number, (key, name) in enumerate(keys.items()):
+        offset = (len(keys) - 1) * thickness / 2 - number * thickness
+        places = [place + offset for place in range(len(rows))]
+        values = [row[key] for _, row in rows]
+        bars = axes.barh(places, values, thickness, color=_COLORS[number], label=name)
+        axes.bar_label(bars, fmt="%.3f", padding=3, fontsize=8, color=_GREY)
+    axes.set_yticks(range(len(rows)), [name for name, _ in rows])
+    axes.set_xlim(0, 1.08)
+    axes.set_xlabel("score (0 to 1)")
+    axes.grid(axis="x", color=_GRID, linewidth=0.7)
+    if len(keys) > 1:
+        _legend(axes)
+    if title:
+        axes.set_title(title, fontsize=11, fontweight="bold")
+    return _save(figure, out)
+
+
+def _plot_losses(axes: "Axes", train: Records, val: Records) -> None:
+    """Training losses as thin lines, validation as lines with dots; parts have their colours."""
+    parts = [name for name in _LOSSES if any(name in r for r in [*train, *val])]
+    for number, name in enumerate(parts):
+        color = _COLORS[number]
+        x, y = _series(train, name)
+        if x:
+            axes.plot(x, y, color=color, alpha=0.55, linewidth=1.2)
+        x, y = _series(val, name)
+        if x:
+            axes.plot(x, y, color=color, linewidth=1.8, marker="o", markersize=3.5)
+        if len(parts) > 1:
+            axes.plot([], [], color=color, linewidth=2.5, label=_LOSSES[name])
+    if train:
+        axes.plot([], [], color=_GREY, alpha=0.7, linewidth=1.2, label="training")
+    if val:
+        axes.plot([], [], color=_GREY, marker="o", markersize=3.5, label="validation")
+    _focus(axes)
+    axes.set_ylabel("loss (per positive anchor)" if len(parts) > 1 else "loss (cross-entropy)")
+    axes.set_title("Losses", fontsize=11)
+    _legend(axes)
+
+
+def _plot_scores(axes: "Axes", val: Records) -> None:
+    shown = [name for name in _METRICS if _series(val, name)[0]]
+    for number, name in enumerate(shown):
+        x, y = _series(val, name)
+        label = f"{_METRICS[name]}: {y[-1]:.3f}"
+        axes.plot(
+            x, y, color=_COLORS[number], linewidth=1.8, marker="o", markersize=3.5, label=label
+        )
+    axes.set_ylim(0, 1.02)
+    axes.set_ylabel("score (0 to 1)")
+    axes.set_title("Validation", fontsize=11)
+    _legend(axes)
+
+
+def _plot_lr(axes: "Axes", train: Records) -> None:
+    x, y = _series(train, "lr")
+    axes.plot(x, y, color=_COLORS[2], linewidth=1.8)
+    axes.set_ylim(bottom=0)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
+    axes.set_ylabel("learning rate")
+    axes.set_title("Learning rate", fontsize=11)
+
+
+def _plot_speed(axes: "Axes", train: Records) -> None:
+    x, y = _series(train, "images_per_s")
+    axes.plot(x, y, color=_COLORS[0], linewidth=1.2)
+    axes.set_ylim(bottom=0)
+    axes.set_ylabel("images / s, all processes")
+    title = "Speed"
+    waits = _series(train, "data_wait")[1]
+    if waits:
+        title += f" (waiting for data {100 * sum(waits) / len(waits):.1f} % of the time)"
+    axes.set_title(title, fontsize=11)
+
+
+def _series(records: Records, name: str) -> tuple[list[float], list[float]]:
+    """Epochs and values of the records that have this figure."""
+    points = [
+        (float(record.get("epoch", record["step"])), float(record[name]))
+        for record in records
+        if record.get(name) is not None
+    ]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _focus(axes: "Axes") -> None:
+    """A loss's axis from 0, without the first records' peak that would flatten all the rest."""
+    values = sorted(float(y) for line in axes.lines for y in line.get_ydata())  # type: ignore[union-attr,arg-type]
+    if values:
+        usual = values[int(0.98 * (len(values) - 1))]
+        axes.set_ylim(0, 1.15 * usual if usual > 0 else 1.0)
+
+
+def _legend(axes: "Axes") -> None:
+    axes.legend(fontsize=8, frameon=True, framealpha=0.9, edgecolor="none")
+
+
+def _figure(*, width: float, height: float) -> "Figure":
+    """An empty figure (inches) with light grid lines and no box around its plots."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=120, layout="constrained")
+
+
+def _save(figure: "Figure", out: str | Path) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    out = Path(out)
+    FigureCanvasAgg(figure)
+    for axes in figure.axes:
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_axisbelow(True)
+        axes.tick_params(labelsize=8.5)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out)
+    return out

@@ -1,0 +1,230 @@
+"""Shards on disk: format, determinism, order, kills and full disks."""
+
+import errno
+import filecmp
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mbv3dist.convert import run, writer
+from mbv3dist.convert.imagefolder import convert_imagefolder
+from mbv3dist.convert.verify import verify_dataset
+from mbv3dist.data.index import open_split
+
+NUM_PICTURES = 150  # more than two chunks of 64
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    root = tmp_path_factory.mktemp("pictures") / "src"
+    rng = np.random.default_rng(0)
+    for number in range(NUM_PICTURES):
+        folder = root / "abc"[number % 3]
+        folder.mkdir(parents=True, exist_ok=True)
+        suffix = "png" if number % 10 == 0 else "jpg"
+        noise = rng.integers(0, 256, (12, 16, 3), np.uint8)
+        Image.fromarray(noise).save(folder / f"{number:03d}.{suffix}")
+    return root
+
+
+def convert(source, out, **options):
+    defaults = {"split": "train", "workers": 1, "shard_bytes": 60_000, "val_fraction": 0.2}
+    return convert_imagefolder(source, out, **{**defaults, **options})
+
+
+def tree(folder):
+    """Every file, hidden ones too, with its bytes."""
+    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@pytest.fixture(scope="module")
+def whole(source, tmp_path_factory):
+    out = tmp_path_factory.mktemp("whole") / "out"
+    convert(source, out)
+    return out
+
+
+def test_bytes_do_not_depend_on_workers_or_place(source, whole, tmp_path):
+    convert(source, tmp_path / "elsewhere", workers=2)
+    assert tree(tmp_path / "elsewhere") == tree(whole)
+    for name, data in tree(whole).items():
+        assert b"\r" not in data or name.endswith((".tar", ".crc"))
+        assert str(source.parent).encode() not in data
+
+
+def test_seed_changes_the_order_only(source, whole, tmp_path):
+    convert(source, tmp_path, seed=1, val_fraction=0.0)
+    first, second = (open_split(out, "train") for out in (whole, tmp_path))
+    assert first.source(0) != second.source(0)
+    sources = [second.source(index) for index in range(len(second))]
+    assert len(set(sources)) == NUM_PICTURES and sources != sorted(sources)
+
+
+def test_tars_are_plain_ustar_with_index_and_checksums(whole):
+    split = open_split(whole, "train")
+    assert len(split.shards) > 2
+    for shard in split.shards:
+        with tarfile.open(shard.path) as tar:
+            members = tar.getmembers()
+            data = [tar.extractfile(member).read() for member in members]
+        for member in members:
+            assert (member.mtime, member.uid, member.gid, member.mode) == (0, 0, 0, 0o644)
+            assert not member.pax_headers and member.uname == member.gname == ""
+        assert shard.path.stat().st_size % tarfile.RECORDSIZE == 0
+        # The same line per sample that DALI's wds2idx derives from the tar.
+        rows = [f"{m.name.split('.')[1]} {m.offset_data} {m.size} {m.name}" for m in members]
+        lines = [" ".join(pair) for pair in zip(rows[::2], rows[1::2], strict=True)]
+        text = "\n".join([f"v1.2 {len(lines)}", *lines, ""])
+        assert shard.path.with_suffix(".idx").read_text() == text
+        checksums = np.array([zlib.crc32(item) for item in data], "<u4").tobytes()
+        assert shard.path.with_suffix(".crc").read_bytes() == checksums
+    listing = subprocess.run(["tar", "-tf", split.shards[0].path], capture_output=True, check=True)
+    assert listing.stdout.decode().split()[:2] == ["000000000.jpg", "000000000.cls"]
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # webdataset leaves its tars open
+def test_stock_readers_read_every_sample(whole):
+    webdataset = pytest.importorskip("webdataset")
+    split = open_split(whole, "train")
+    keys = []
+    for shard in split.shards:
+        for sample in webdataset.WebDataset(str(shard.path), shardshuffle=False, empty_check=False):
+            keys.append(sample["__key__"])
+            assert sample["cls"] == str(split.sample(int(sample["__key__"]))["cls"]).encode()
+    assert keys == [split.key(index) for index in range(len(split))]
+
+
+def test_same_again_is_nothing_to_do_and_another_is_refused(source, whole):
+    before = tree(whole)
+    assert convert(source, whole).reused
+    with pytest.raises(ValueError, match="other input or settings; replace it with --overwrite"):
+        convert(source, whole, seed=5)
+    assert tree(whole) == before
+
+
+def test_overwrite(source, whole, tmp_path):
+    convert(source, tmp_path, seed=5)
+    convert(source, tmp_path, overwrite=True)
+    assert tree(tmp_path) == tree(whole)
+
+
+@pytest.mark.parametrize("step", ["prepare", "pack", "publish"])
+def test_goes_on_after_a_kill(source, whole, tmp_path, monkeypatch, step):
+    calls = 0
+
+    class Killed(BaseException):
+        """Like SIGKILL: nothing in the way of it cleans up."""
+
+    def stop_second(function):
+        def replacement(*args, **kwargs):
+            nonlocal calls
+            calls += 1
+            if calls == 2:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return replacement
+
+    name = {"prepare": "prepare_chunk", "pack": "pack_shard", "publish": "publish"}[step]
+    with monkeypatch.context() as patch:
+        patch.setattr(run, name, stop_second(getattr(run, name)))
+        with pytest.raises(Killed):
+            convert(source, tmp_path)
+    visible = [path for path in tree(tmp_path) if not path.startswith(".")]
+    assert step == "publish" or not visible
+    whole_chunks = len(list(tmp_path.glob(".*.part/prepared/*.json")))
+    calls = 0
+    monkeypatch.setattr(run, "prepare_chunk", stop_second(run.prepare_chunk))
+    calls = 2  # only count from here on
+    convert(source, tmp_path)
+    assert tree(tmp_path) == tree(whole)
+    # 120 pictures in train are two chunks, 30 in val are one; those done before are kept. What
+    # was published before the kill is made again.
+    assert calls - 2 == {"prepare": 2, "pack": 0, "publish": 2}[step]
+    assert whole_chunks == {"prepare": 1, "pack": 3, "publish": 1}[step]
+
+
+def test_goes_on_after_sigkill(source, whole, tmp_path):
+    program = (
+        "import os, sys\n"
+        "from mbv3dist.convert.imagefolder import convert_imagefolder\n"
+        "def stop(done, total):\n"
+        "    if done > total * 0.6: os.kill(os.getpid(), 9)\n"
+        "convert_imagefolder(sys.argv[1], sys.argv[2], split='train', val_fraction=0.2, "
+        "shard_bytes=60_000, workers=1, progress=stop)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program, source, tmp_path], check=False)
+    assert result.returncode == -9
+    assert not (tmp_path / "train.json").exists() and (tmp_path / ".train.part").is_dir()
+    convert(source, tmp_path)
+    assert tree(tmp_path) == tree(whole)
+
+
+def test_changed_input_clears_work_in_progress(source, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "_pack", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(source, tmp_path / "out")
+    report = convert(source, tmp_path / "out", resize=6)
+    assert report.splits["train"].counts["resized"] == report.splits["train"].samples
+    assert verify_dataset(tmp_path / "out")["ok"]
+
+
+def test_full_disk_leaves_nothing(source, tmp_path, monkeypatch):
+    def full(file):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(writer, "_sync", full)
+    with pytest.raises(OSError, match="No space left"):
+        convert(source, tmp_path)
+    assert not tree(tmp_path)
+
+
+def test_progress_ends_at_the_total(source, tmp_path):
+    seen = []
+    convert(source, tmp_path, progress=lambda done, total: seen.append((done, total)))
+    assert seen == sorted(seen)
+    assert seen[-1] == (2 * NUM_PICTURES, 2 * NUM_PICTURES)
+
+
+def test_description_has_the_shape_of_wids(whole):
+    value = json.loads((whole / "train.json").read_text())
+    assert value["wids_version"] == 1 and value["source"] == ["src"]
+    assert {"task", "classes", "seed", "boxes", "mbv3dist_version"} <= value.keys()
+    for entry in value["shardlist"]:
+        assert entry.keys() == {"url", "nsamples", "filesize", "sha256"}
+        assert (whole / entry["url"]).stat().st_size == entry["filesize"]
+    counts = [entry["nsamples"] for entry in value["shardlist"]]
+    assert max(counts) - min(counts) <= 1
+
+
+def test_no_torch_and_no_pillow_on_import():
+    program = (
+        "import sys, mbv3dist.convert.voc, mbv3dist.convert.imagefolder, mbv3dist.convert.verify, "
+        "mbv3dist.convert.inspect, mbv3dist.data.reader\n"
+        "sys.exit(bool({'torch', 'PIL', 'defusedxml', 'concurrent.futures'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_two_conversions_at_once_are_refused(source, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / ".train.part").mkdir()
+    handle = os.open(tmp_path / ".train.part", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(ValueError, match="another conversion is writing"):
+            convert(source, tmp_path)
+    finally:
+        os.close(handle)
+    convert(source, tmp_path)
+    assert not filecmp.dircmp(tmp_path, tmp_path).diff_files
