@@ -27,6 +27,10 @@ IOU_CROP_RATIO = 2.0  # a crop's width and height differ by this factor at most
 IOU_CROP_ROUNDS = 50  # after this many options without a crop, the picture stays whole
 MIN_BOX_SIDE = 1.0  # canvas pixels; a thinner box is no object any more
 
+Span = tuple[float, float]
+PixelSpan = tuple[int, int]
+Rectangle = tuple[float, float, float, float]  # x0, y0, x1, y1
+
 
 @dataclass(frozen=True)
 class View:
@@ -39,7 +43,7 @@ class View:
             are, so a mirrored canvas has its `dst` mirrored already (see `mirrored`).
     """
 
-    src: tuple[float, float, float, float]
+    src: Rectangle
     dst: tuple[int, int, int, int]
     flip: bool = False
 
@@ -197,8 +201,8 @@ def iou_crop(
     draws: Draws,
     *,
     boxes: np.ndarray,
-    region: tuple[float, float, float, float],
-) -> tuple[tuple[float, float, float, float], np.ndarray] | None:
+    region: Rectangle,
+) -> tuple[Rectangle, np.ndarray] | None:
     """Draw a crop of the region (xyxy) by torchvision's RandomIoUCrop rule; None means all of it.
 
     An option is drawn: no crop, or one of `min_ious`. A crop (sides of `crop_scale_min` to 1 times
@@ -233,9 +237,9 @@ def _try_crops(
     draws: Draws,
     *,
     boxes: np.ndarray,
-    region: tuple[float, float, float, float],
+    region: Rectangle,
     min_iou: float,
-) -> tuple[tuple[float, float, float, float], np.ndarray] | None:
+) -> tuple[Rectangle, np.ndarray] | None:
     """Return the first good one of 40 random crops of the region, as `iou_crop` does."""
     width, height = region[2] - region[0], region[3] - region[1]
     low = config.crop_scale_min
@@ -369,17 +373,13 @@ def _center_offset(length: int, size: int) -> int:
     return -((size - length) // 2) if length < size else round((length - size) / 2.0)
 
 
-def _crop_axis(
-    side: int, resized: int, offset: int, size: int
-) -> tuple[tuple[float, float], tuple[int, int]]:
+def _crop_axis(side: int, resized: int, offset: int, size: int) -> tuple[Span, PixelSpan]:
     """Return source and destination of a crop [offset, offset + size) of a resized axis."""
     low, high = max(offset, 0), min(offset + size, resized)
     return (low * side / resized, high * side / resized), (low - offset, high - offset)
 
 
-def _place_axis(
-    start: float, length: float, side: int, size: int
-) -> tuple[tuple[float, float], tuple[int, int]]:
+def _place_axis(start: float, length: float, side: int, size: int) -> tuple[Span, PixelSpan]:
     """Return source and destination for a region [start, start + length) that fills the canvas.
 
     The region can reach beyond the picture [0, side). At least one source and one canvas pixel
@@ -393,11 +393,6 @@ def _place_axis(
     return (low, high), (first, last)
 
 
-def _from_axes(
-    src_x: tuple[float, float],
-    src_y: tuple[float, float],
-    dst_x: tuple[int, int],
-    dst_y: tuple[int, int],
-) -> View:
+def _from_axes(src_x: Span, src_y: Span, dst_x: PixelSpan, dst_y: PixelSpan) -> View:
     (sx0, sx1), (sy0, sy1), (dx0, dx1), (dy0, dy1) = src_x, src_y, dst_x, dst_y
     return View((sx0, sy0, sx1, sy1), (dx0, dy0, dx1, dy1))

@@ -155,7 +155,7 @@ def damage(path: Path) -> str | None:
 
 def find_checkpoint(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is whole, and what is wrong with newer ones."""
-    complaints = []
+    complaints: list[str] = []
     for path in reversed(list_checkpoints(run_dir)):
         problem = damage(path)
         if problem is None:

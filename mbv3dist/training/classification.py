@@ -1,13 +1,14 @@
 """The classification task: what the loop needs to train MobileNetV3."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from mbv3dist.config import TrainConfig
-from mbv3dist.data.loader import Batch
+from mbv3dist.data.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class ClassificationTask:
 
     label_smoothing: float
 
-    metric = "top1"
+    metric: ClassVar[str] = "top1"
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> "ClassificationTask":

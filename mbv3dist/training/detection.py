@@ -1,11 +1,12 @@
 """The detection task: what the loop needs to train SSDLite."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from mbv3dist.config import TrainConfig
-from mbv3dist.data.loader import Batch
+from mbv3dist.data.batch import Batch
 from mbv3dist.models.loss import Targets, match_batch, multibox_loss
 
 
@@ -23,7 +24,7 @@ class DetectionTask:
     size: tuple[int, int]
     min_negatives: int
 
-    metric = "map"
+    metric: ClassVar[str] = "map"
 
     @classmethod
     def from_config(cls, config: TrainConfig, anchors: Tensor) -> "DetectionTask":

@@ -94,9 +94,9 @@ def lr_factor(epoch: float, config: OptimConfig, *, epochs: int) -> float:
         share = min((epoch - config.warmup_epochs) / span, 1.0)
         return config.min_lr_ratio + (1 - config.min_lr_ratio) * (1 + math.cos(math.pi * share)) / 2
     if config.schedule == "multistep":
-        return config.gamma ** sum(epoch >= milestone for milestone in config.milestones)
+        return float(config.gamma ** sum(epoch >= milestone for milestone in config.milestones))
     if config.schedule == "step":
-        return config.gamma ** math.floor(epoch / config.step_epochs)
+        return float(config.gamma ** math.floor(epoch / config.step_epochs))
     if config.schedule == "exponential":
         return config.gamma ** (epoch / config.step_epochs)
     return 1.0

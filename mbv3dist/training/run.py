@@ -6,6 +6,7 @@ functions of the step alone, so that a killed run continues as if nothing had ha
 """
 
 import contextlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from mbv3dist.training.checkpoint import save_checkpoint
 from mbv3dist.training.color import adjust_color
 from mbv3dist.training.optim import lr_factor, set_lr, train_mode
 from mbv3dist.training.processes import StopRequest, local_rank, on_main_process
+from mbv3dist.training.report import write_report
 from mbv3dist.training.setup import Run, identity, prepare
 from mbv3dist.training.tracking import Meter, Tracker, format_numbers
 
@@ -153,12 +155,16 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
                 is_end = is_end or not keeps_on
 
             if _is_checkpoint_step(run, step) or stopped or is_end:
-                on_main_process(lambda step=step: _save_checkpoint(run, step))
+                on_main_process(partial(_save_checkpoint, run, step))
                 saved_step = step
             if stopped or is_end:
                 break
         if is_main and not stopped:
             _save_model(run, "last")
+            page = write_report(
+                config, _scored_model(run), run.spec, run.val_split or run.train_split
+            )
+            tracker.say(f"report: {page}")
         if stopped:
             tracker.say(
                 f"stopped on request at step {step}, checkpoint written; --resume auto goes on"
@@ -180,15 +186,14 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
 def validate(run: Run) -> dict[str, Any]:
     """Losses and metrics on the validation split, of the moving average if there is one."""
     assert run.val_split is not None
-    model = run.ema.module if run.ema is not None else run.model
-    assert isinstance(model, nn.Module)
     return evaluate(
-        model,
+        _scored_model(run),
         run.spec,
         run.val_split,
         batch_size=run.config.eval.batch_size,
         device=run.accelerator.device,
         num_threads=run.config.data.num_threads,
+        min_negatives=run.config.model.min_negatives,
     )
 
 
@@ -211,10 +216,15 @@ def _save_checkpoint(run: Run, step: int) -> None:
     )
 
 
-def _save_model(run: Run, name: str) -> None:
+def _scored_model(run: Run) -> nn.Module:
+    """The moving average if there is one: it is what is validated and kept."""
     model = run.ema.module if run.ema is not None else run.model
     assert isinstance(model, nn.Module)
-    save_model(model, run.spec, run.config.run_dir / name)
+    return model
+
+
+def _save_model(run: Run, name: str) -> None:
+    save_model(_scored_model(run), run.spec, run.config.run_dir / name)
 
 
 def _note_score(run: Run, score: float | None) -> bool:

@@ -4,15 +4,16 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import torch
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from torch import nn
+from torch import Tensor, nn
 
 from mbv3dist.config import TrainConfig, config_to_dict
+from mbv3dist.data.batch import Batch
 from mbv3dist.data.index import Split, open_split
 from mbv3dist.data.plan import Plan
 from mbv3dist.models.anchors import AnchorConfig
@@ -36,6 +37,21 @@ from mbv3dist.training.processes import (
 )
 
 
+class Task(Protocol):
+    """What the loop asks of a task; `targets` is the task's own affair."""
+
+    metric: ClassVar[str]
+
+    def targets(self, batch: Batch) -> Any:
+        """What the model is to learn from a micro-batch; needs no model."""
+
+    def normalizer(self, targets: Any) -> Tensor:
+        """What the loss is divided by once summed over all ranks, 0-d."""
+
+    def losses(self, outputs: Any, batch: Batch, targets: Any) -> dict[str, Tensor]:
+        """Sums of the loss parts over a micro-batch, each 0-d."""
+
+
 @dataclass
 class Run:
     """Everything the loop uses, made once by `prepare`."""
@@ -46,7 +62,7 @@ class Run:
     val_split: Split | None
     plan: Plan
     spec: ModelSpec
-    task: ClassificationTask | DetectionTask
+    task: Task
     model: nn.Module  # bare: checkpoints and evaluation use it
     step_model: nn.Module  # wrapped for DDP, precision and compilation: the loop calls it
     optimizer: Any
@@ -80,7 +96,14 @@ def prepare(config: TrainConfig) -> Run:
         block_shards=config.data.block_shards,
         tail=config.data.tail,
     )
-    plan.check_world(int(os.environ.get("WORLD_SIZE", "1")), config.optim.accumulation_steps)
+    parts = int(os.environ.get("WORLD_SIZE", "1")), config.optim.accumulation_steps
+    plan.check_world(*parts)
+    if plan.global_batch_size == parts[0] * parts[1]:
+        raise ValueError(
+            f"global batch size {plan.global_batch_size} leaves one sample per rank and "
+            "micro-batch, and BatchNorm needs two; set --data.global_batch_size to "
+            f"{2 * plan.global_batch_size} or more"
+        )
     accelerator = make_accelerator(config)
     on_main_process(lambda: _make_run_dir(config))
 
@@ -88,10 +111,9 @@ def prepare(config: TrainConfig) -> Run:
     spec, model = build_model(
         config, train_split.classes, train_fingerprint=train_split.fingerprint
     )
-    model = model.to(
-        accelerator.device,
-        memory_format=torch.channels_last if config.channels_last else torch.contiguous_format,
-    )
+    model = model.to(accelerator.device)
+    if config.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     if config.sync_bn:
         from timm.layers import convert_sync_batchnorm
 
@@ -105,7 +127,7 @@ def prepare(config: TrainConfig) -> Run:
     step_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     if config.compile:
         step_model = torch.compile(step_model)
-    task: ClassificationTask | DetectionTask
+    task: Task
     if isinstance(model, SSDLite):
         task = DetectionTask.from_config(config, model.anchors)
     else:

@@ -8,6 +8,7 @@ import json
 import os
 import sys
 import time
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -209,10 +210,8 @@ def _start_wandb(accelerator: "Accelerator", config: TrainConfig) -> None:
     id_file = config.run_dir / "wandb_id"
     init: dict[str, Any] = {"name": config.name, "dir": str(config.run_dir), "resume": "allow"}
     if accelerator.is_main_process:
-        import wandb
-
         if not id_file.exists():
-            id_file.write_text(wandb.util.generate_id())
+            id_file.write_text(uuid.uuid4().hex[:12])
         init["id"] = id_file.read_text()
     try:
         accelerator.init_trackers(

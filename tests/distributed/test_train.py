@@ -50,9 +50,7 @@ def test_fewer_processes_than_asked_for_is_an_error(classification_recipe, tmp_p
 
 
 @pytest.mark.slow
-def test_a_request_to_stop_writes_a_checkpoint_and_resume_finishes(
-    classification_recipe, tmp_path
-):
+def test_a_request_to_stop_writes_a_checkpoint_and_resume_finishes(classification_recipe, tmp_path):
     flags = ["--out", tmp_path / "runs", "--epochs", "2000", "--checkpoint.every_steps", "0"]
     words = ["train", classification_recipe, *flags, "--eval.every_epochs", "9999"]
     process = subprocess.Popen(
@@ -103,9 +101,7 @@ def test_wandb_offline_and_no_account(classification_recipe, tmp_path):
     env = {**environment(), "WANDB_MODE": "offline", "HOME": str(tmp_path / "home")}
     flags = ["--out", tmp_path / "runs", "--tracking.wandb", "true", "--epochs", "1"]
     words = ["train", classification_recipe, *flags]
-    done = subprocess.run(
-        command_line(words), env=env, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(command_line(words), env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert list((tmp_path / "runs" / "tiny_classifier" / "wandb").glob("offline-run-*"))
     env.pop("WANDB_MODE")

@@ -133,10 +133,8 @@ def test_unreadable_picture_is_named(tmp_path, capfd):
     data = (folder / "red" / "1.jpg").read_bytes()
     (folder / "red" / "1.jpg").write_bytes(data[: len(data) // 2])
     with pytest.raises(SystemExit) as caught:
-        main(
-            ["convert", "imagefolder", str(folder), "--out", str(tmp_path / "data")]
-            + ["--split", "train", "--workers", "1"]
-        )
+        flags = ["--split", "train", "--workers", "1"]
+        main(["convert", "imagefolder", str(folder), "--out", str(tmp_path / "data"), *flags])
     assert caught.value.code == 2
     error = capfd.readouterr().err
     assert "red/1.jpg" in error
@@ -173,8 +171,6 @@ def test_a_run_is_not_overwritten(classification_recipe, tmp_path, capfd):
     # What cannot be continued is said, with both values.
     line = fails(capfd, *words, "--resume", "auto", "--epochs", "2")
     assert "epochs was 1 and is now 2" in line
-    # A model of another task is refused, by init_from, eval and predict alike.
-    model = tmp_path / "runs" / "tiny_classifier" / "last"
     assert "nosuchmodel" in fails(capfd, "eval", tmp_path / "nosuchmodel", "x", "--split", "val")
 
 

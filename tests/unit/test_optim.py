@@ -1,5 +1,7 @@
 """Parameter groups and schedules."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -56,7 +58,7 @@ def test_cosine_with_warmup():
     assert values[4] == pytest.approx(0.5)
     assert max(values) == values[8] == 1.0
     assert values[-1] == pytest.approx(0.1)
-    assert all(a > b for a, b in zip(values[8:], values[9:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(values[8:]))
 
 
 def test_multistep_step_and_exponential():

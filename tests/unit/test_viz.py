@@ -87,8 +87,8 @@ def test_labels_stay_inside_and_apart():
             box = (int(x), int(y), int(x) + 10, int(y) + 10)
             size = (int(rng.integers(10, 300)), int(rng.integers(8, 30)))
             left, upper, right, lower = _place(box, size, canvas, taken)
-            assert 0 <= left
-            assert 0 <= upper
+            assert left >= 0
+            assert upper >= 0
             assert right <= canvas[0]
             assert lower <= canvas[1]
             assert (right - left, lower - upper) == size
