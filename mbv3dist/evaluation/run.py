@@ -29,7 +29,12 @@ from mbv3dist.evaluation.classification import TopK
 from mbv3dist.evaluation.detection import DetectionEvaluator
 from mbv3dist.models.directory import ModelSpec
 from mbv3dist.models.loss import match_batch, multibox_loss
-from mbv3dist.models.preprocess import detections_on_source, evaluation_view, normalize
+from mbv3dist.models.preprocess import (
+    detections_on_source,
+    evaluation_mode,
+    evaluation_view,
+    normalize,
+)
 
 _MAX_CLASSES_SHOWN = 8
 
@@ -73,16 +78,14 @@ def evaluate(
     while isinstance(model, DistributedDataParallel):
         model = model.module
     device = next(model.parameters()).device if device is None else torch.device(device)
-    modes = [(module, module.training) for module in model.modules()]
     failure = None
-    with Reader(split) as reader:
+    with Reader(split) as reader, evaluation_mode(model.to(device)):
         scorer: _Classification | _Detection
         if spec.task == "detection":
             scorer = _Detection(model, spec, reader, min_negatives=min_negatives)
         else:
             scorer = _Classification(split.classes)
         try:
-            model.to(device).eval()
             _score_part(
                 model,
                 spec,
@@ -97,9 +100,6 @@ def evaluate(
             if not _is_distributed():
                 raise
             failure = str(error)  # the other ranks must hear of it, or they would wait for ever
-        finally:
-            for module, was_training in modes:
-                module.training = was_training
     return _combine(scorer, failure, num_samples=len(split))
 
 

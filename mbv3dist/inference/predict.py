@@ -27,6 +27,7 @@ from mbv3dist.models.directory import LoadedModel, ModelSpec, load_model
 from mbv3dist.models.preprocess import (
     PictureDetections,
     detections_on_source,
+    evaluation_mode,
     evaluation_view,
     normalize,
 )
@@ -254,12 +255,8 @@ class _Runner:
         """Detections, or the best classes with their probabilities, of each picture."""
         pixels = torch.from_numpy(np.stack([item.canvas for item in prepared]))
         images = normalize(pixels.to(self._device).permute(0, 3, 1, 2), self._spec.preprocess)
-        modes = [(module, module.training) for module in self._module.modules()]
-        try:
-            outputs = self._module.eval()(images)
-        finally:
-            for module, was_training in modes:
-                module.training = was_training
+        with evaluation_mode(self._module):
+            outputs = self._module(images)
         if self._spec.task == "detection":
             class_logits, box_deltas = outputs
             anchors = self._module.anchors

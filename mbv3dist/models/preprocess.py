@@ -6,11 +6,13 @@ detections. Shapes: B pictures, S side of the canvas in pixels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mbv3dist.config import ViewConfig
 from mbv3dist.data.views import vector_to_source
@@ -54,6 +56,18 @@ def evaluation_view(spec: ModelSpec) -> ViewConfig:
             f"{spec.input_size}; a detector's pictures are resized to its input size"
         )
     return ViewConfig(name="resize")
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside, each module's own mode again after; frozen parts stay frozen."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, was_training in modes:
+            module.training = was_training
 
 
 def normalize(image: Tensor, preprocess: Preprocess) -> Tensor:

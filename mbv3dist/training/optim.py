@@ -65,7 +65,10 @@ def build_optimizer(
         return torch.optim.AdamW(entries, lr=config.lr, fused=fused)
     from timm.optim import RMSpropTF
 
-    return RMSpropTF(entries, lr=config.lr, alpha=0.9, eps=1e-3, momentum=config.momentum)
+    optimizer: torch.optim.Optimizer = RMSpropTF(
+        entries, lr=config.lr, alpha=0.9, eps=1e-3, momentum=config.momentum
+    )
+    return optimizer
 
 
 def _split_by_decay(
@@ -98,7 +101,7 @@ def lr_factor(epoch: float, config: OptimConfig, *, epochs: int) -> float:
     if config.schedule == "step":
         return float(config.gamma ** math.floor(epoch / config.step_epochs))
     if config.schedule == "exponential":
-        return config.gamma ** (epoch / config.step_epochs)
+        return float(config.gamma ** (epoch / config.step_epochs))
     return 1.0
 
 

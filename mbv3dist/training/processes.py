@@ -86,7 +86,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.received = False
         self._previous = {number: signal.signal(number, self._handle) for number in self.signals}
-        self._group = dist.new_group(backend="gloo") if is_distributed() else None
+        self._group: Any = dist.new_group(backend="gloo") if is_distributed() else None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = True

@@ -132,8 +132,8 @@ def test_unreadable_picture_is_named(tmp_path, capfd):
     folder = write_imagefolder(tmp_path / "pictures", per_class=2)
     data = (folder / "red" / "1.jpg").read_bytes()
     (folder / "red" / "1.jpg").write_bytes(data[: len(data) // 2])
+    flags = ["--split", "train", "--workers", "1"]
     with pytest.raises(SystemExit) as caught:
-        flags = ["--split", "train", "--workers", "1"]
         main(["convert", "imagefolder", str(folder), "--out", str(tmp_path / "data"), *flags])
     assert caught.value.code == 2
     error = capfd.readouterr().err
