@@ -9,6 +9,7 @@ export XDG_CACHE_HOME := $(CURDIR)/.cache
 export XDG_CONFIG_HOME := $(CURDIR)/.cache/config
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export TMPDIR := $(CURDIR)/.cache/tmp
+_ := $(shell mkdir -p $(CURDIR)/.cache/tmp)
 
 .PHONY: setup quickstart test test-fast lint format clean
 
@@ -16,7 +17,6 @@ setup: $(STAMP)
 
 # Installed again only when the dependencies change.
 $(STAMP): pyproject.toml constraints.txt
-	@mkdir -p $(TMPDIR)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@touch $@

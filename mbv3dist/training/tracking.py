@@ -52,7 +52,7 @@ class Tracker:
         self._progress: Any = None
         self._quiet = quiet
         if self._is_main:
-            _drop_records_after(self._path, start_step)
+            drop_records_after(self._path, start_step)
         if self._wandb:
             _start_wandb(accelerator, config)
         if self._is_main and not quiet and sys.stdout.isatty():
@@ -188,7 +188,7 @@ def _progress_bar(start_step: int, num_steps: int) -> Any:
     return bar
 
 
-def _drop_records_after(path: Path, step: int) -> None:
+def drop_records_after(path: Path, step: int) -> None:
     """Keeps the records of the first `step` steps; a half-written last line goes too."""
     if not path.is_file():
         return

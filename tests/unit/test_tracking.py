@@ -1,0 +1,66 @@
+"""Records of a run, and the processes' agreements."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from mbv3dist.training.processes import StopRequest, check_launch, on_main_process
+from mbv3dist.training.tracking import Meter, drop_records_after, format_numbers
+
+
+def test_records_beyond_a_checkpoint_are_dropped(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    lines = [json.dumps({"kind": "train", "step": step}) for step in (1, 2, 3, 4)]
+    path.write_text("\n".join(lines) + '\n{"kind": "tra')  # killed in the middle of a record
+    drop_records_after(path, 3)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    assert os.listdir(tmp_path) == ["metrics.jsonl"]
+    drop_records_after(tmp_path / "none.jsonl", 3)  # a fresh run has none
+
+
+def test_meter_averages_over_steps_and_micro_batches():
+    meter = Meter(torch.device("cpu"))
+    for step in range(3):
+        for _ in range(2):  # micro-batches: their sums add up to the step's
+            loss = {"loss_a": torch.tensor(1.0 + step), "loss_b": torch.tensor(2.0)}
+            meter.add(loss, torch.tensor(4.0))
+        meter.step(8, wait_s=0.0)
+    values = meter.read()
+    assert values["loss_a"] == pytest.approx(1.0)
+    assert values["loss_b"] == pytest.approx(1.0)
+    assert values["loss"] == pytest.approx(2.0)
+    meter.add({"loss_a": torch.tensor(3.0), "loss_b": torch.tensor(0.0)}, torch.tensor(0.0))
+    meter.step(8, wait_s=0.0)
+    assert meter.read()["loss"] == 3.0  # no positives: divided by 1, not by 0
+
+
+def test_numbers_people_watch():
+    text = format_numbers({"loss": 1.5, "map": None, "images_per_s": 10.2, "data_wait": 0.034})
+    assert text == "loss 1.5  10 img/s  data wait 3 %"
+
+
+def test_one_process_where_several_were_asked_for():
+    check_launch({})
+    check_launch({"MASTER_ADDR": "x", "WORLD_SIZE": "2"})
+    with pytest.raises(ValueError, match="torchrun"):
+        check_launch({"MASTER_ADDR": "127.0.0.1"})
+
+
+@pytest.mark.parametrize("number", StopRequest.signals)
+def test_a_stop_request_is_noted_and_handlers_come_back(number):
+    before = signal.getsignal(number)
+    stop = StopRequest()
+    assert not stop.agreed()
+    os.kill(os.getpid(), number)
+    assert stop.agreed()
+    stop.close()
+    assert signal.getsignal(number) is before
+
+
+def test_on_main_process_alone_is_a_plain_call():
+    assert on_main_process(lambda: 3) == 3
+    with pytest.raises(OSError, match="full"):
+        on_main_process(lambda: (_ for _ in ()).throw(OSError("full")))
