@@ -191,7 +191,26 @@ def new_spec(
     )
 
 
-def create_model(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
+def create_model(
+    name: str, classes: Sequence[str], *, pretrained: bool = False, **options: Any
+) -> nn.Module:
+    """Build a new model by name, in training mode, on the CPU.
+
+    Args:
+        name: a name of `ARCHITECTURES`.
+        classes: names without background.
+        pretrained: start from timm's ImageNet weights, downloaded by timm.
+        **options: further arguments of `new_spec`, such as `input_size` and `width`.
+
+    Raises:
+        ValueError: on an unknown name, impossible values, or weights that cannot be had.
+    """
+    return model_from_spec(
+        new_spec(name, classes, pretrained=pretrained, **options), pretrained=pretrained
+    )
+
+
+def model_from_spec(spec: ModelSpec, *, pretrained: bool = False) -> nn.Module:
     """Build the model of a description, in training mode, on the CPU.
 
     Args:
@@ -291,7 +310,7 @@ def load_model(path: str | Path) -> LoadedModel:
             f"model directory: {weights} is damaged ({error}); copy it again"
         ) from error
     with torch.random.fork_rng(devices=[]):
-        model = create_model(spec)
+        model = model_from_spec(spec)
     load_state(model, state, source=str(weights))
     return LoadedModel(model=model.eval(), spec=spec)
 

@@ -17,7 +17,7 @@ from mbv3dist.data.batch import Batch
 from mbv3dist.data.index import Split, open_split
 from mbv3dist.data.plan import Plan
 from mbv3dist.models.anchors import AnchorConfig
-from mbv3dist.models.directory import ModelSpec, Thresholds, create_model, load_model, new_spec
+from mbv3dist.models.directory import ModelSpec, Thresholds, load_model, model_from_spec, new_spec
 from mbv3dist.models.ssdlite import SSDLite, parameter_groups
 from mbv3dist.models.weights import transfer
 from mbv3dist.training.checkpoint import (
@@ -203,7 +203,7 @@ def build_model(
         pretrained=recipe.pretrained,
         provenance={"run": config.name, "data": train_fingerprint, "seed": config.seed},
     )
-    model = create_model(spec, pretrained=recipe.pretrained)
+    model = model_from_spec(spec, pretrained=recipe.pretrained)
     if recipe.init_from:
         source = load_model(recipe.init_from)
         if source.spec.task != config.task:

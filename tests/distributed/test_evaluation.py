@@ -12,7 +12,7 @@ from conftest import environment, write_voc
 from mbv3dist.convert.voc import convert_voc
 from mbv3dist.data.index import open_split
 from mbv3dist.evaluation.run import evaluate
-from mbv3dist.models.directory import create_model, load_model, new_spec, save_model
+from mbv3dist.models.directory import load_model, model_from_spec, new_spec, save_model
 
 CLASSES = ("blue", "green", "red")
 
@@ -51,7 +51,7 @@ for world_size in (3, 2):
 def small_model(path, architecture, *, size):
     spec = new_spec(architecture, CLASSES, input_size=size, width=0.5)
     torch.manual_seed(0)
-    save_model(create_model(spec), spec, path)
+    save_model(model_from_spec(spec), spec, path)
     return str(path)
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import kill_when, run_mbv3dist
 
-from mbv3dist.models.directory import create_model, new_spec
+from mbv3dist.models.directory import create_model
 from mbv3dist.models.loss import match_batch, multibox_loss
 from mbv3dist.ops.nms import postprocess
 
@@ -63,7 +63,7 @@ def random_targets(batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_loss_does_not_synchronise_and_equals_the_cpu():
-    model = create_model(new_spec("ssdlite_mobilenetv3_small", ["a", "b", "c"]))
+    model = create_model("ssdlite_mobilenetv3_small", ["a", "b", "c"])
     images = torch.randn(4, 3, 320, 320)
     boxes, labels = random_targets(4, 320)
     values = {}
@@ -86,7 +86,7 @@ def test_loss_does_not_synchronise_and_equals_the_cpu():
 
 def test_postprocess_equals_the_cpu():
     generator = torch.Generator().manual_seed(0)
-    model = create_model(new_spec("ssdlite_mobilenetv3_small", ["a", "b", "c"]))
+    model = create_model("ssdlite_mobilenetv3_small", ["a", "b", "c"])
     count = len(model.anchors)
     logits = torch.randn(4, count, 4, generator=generator) * 3
     deltas = torch.randn(4, count, 4, generator=generator)

@@ -12,8 +12,8 @@ from mbv3dist.models.directory import (
     ModelSpec,
     Preprocess,
     Thresholds,
-    create_model,
     load_model,
+    model_from_spec,
     new_spec,
     save_model,
     spec_from_json,
@@ -34,7 +34,7 @@ DETECTOR = new_spec(
 
 @pytest.mark.parametrize("spec", [CLASSIFIER, DETECTOR], ids=["classifier", "detector"])
 def test_round_trip(spec: ModelSpec, tmp_path: Path) -> None:
-    model = create_model(spec)
+    model = model_from_spec(spec)
     images = torch.randn(2, 3, 64, 64)
     model(images)  # moves the running statistics
     save_model(model.to(memory_format=torch.channels_last), spec, tmp_path / "a" / "model")
@@ -53,7 +53,7 @@ def test_round_trip(spec: ModelSpec, tmp_path: Path) -> None:
 
 
 def test_files_are_deterministic_and_free_of_leftovers(tmp_path: Path) -> None:
-    model = create_model(DETECTOR)
+    model = model_from_spec(DETECTOR)
     for name in ("one", "two", "two"):  # the second time "two" is replaced
         save_model(model, DETECTOR, tmp_path / name)
     assert sorted(os.listdir(tmp_path)) == ["one", "two"]
@@ -76,7 +76,7 @@ def test_files_are_deterministic_and_free_of_leftovers(tmp_path: Path) -> None:
 
 
 def test_a_failed_save_keeps_the_old_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = create_model(CLASSIFIER)
+    model = model_from_spec(CLASSIFIER)
     save_model(model, CLASSIFIER, tmp_path / "model")
     before = (tmp_path / "model" / "model.safetensors").read_bytes()
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_a_folder_that_is_no_model_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
     with pytest.raises(ValueError, match="is no model"):
-        save_model(create_model(CLASSIFIER), CLASSIFIER, tmp_path / "photos")
+        save_model(model_from_spec(CLASSIFIER), CLASSIFIER, tmp_path / "photos")
     assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
 
 
@@ -145,7 +145,7 @@ def test_wrong_directories(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.json is missing"):
         load_model(tmp_path / "nowhere")
     path = tmp_path / "model"
-    save_model(create_model(CLASSIFIER), CLASSIFIER, path)
+    save_model(model_from_spec(CLASSIFIER), CLASSIFIER, path)
     (path / "model.json").write_text(spec_to_json(DETECTOR))
     with pytest.raises(ValueError, match="weights do not fit"):
         load_model(path)

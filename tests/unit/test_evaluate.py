@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from mbv3dist.data.index import open_split
 from mbv3dist.data.loader import eval_batches
 from mbv3dist.evaluation.run import evaluate
-from mbv3dist.models.directory import create_model, new_spec
+from mbv3dist.models.directory import model_from_spec, new_spec
 from mbv3dist.models.loss import match_batch, multibox_loss
 from mbv3dist.models.preprocess import evaluation_view, normalize
 
@@ -20,7 +20,7 @@ CLASSES = ("blue", "green", "red")
 def small(architecture, *, size, classes=CLASSES):
     spec = new_spec(architecture, classes, input_size=size, width=0.5)
     torch.manual_seed(0)
-    return create_model(spec), spec
+    return model_from_spec(spec), spec
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_the_truth_scores_one(detector, detection_data):
 
 def test_diverged_models_give_json(classifier, classification_data):
     _, spec = classifier
-    model = create_model(spec)
+    model = model_from_spec(spec)
     torch.nn.init.constant_(model.classifier.bias, float("nan"))
     result = evaluate(model, spec, open_split(classification_data, "val"))
     assert result["loss"] is None
@@ -117,7 +117,7 @@ def test_diverged_models_give_json(classifier, classification_data):
 
 def test_modes_and_weights_are_left_alone(classifier, classification_data):
     _, spec = classifier
-    model = create_model(spec).train()
+    model = model_from_spec(spec).train()
     frozen = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     calls = []

@@ -14,7 +14,7 @@ from mbv3dist.evaluation.detection import DetectionEvaluator
 from mbv3dist.evaluation.run import evaluate
 from mbv3dist.inference.predict import choose_device, classify, detect, predict
 from mbv3dist.inference.sources import drawing_names, find_pictures
-from mbv3dist.models.directory import LoadedModel, create_model, load_model, new_spec, save_model
+from mbv3dist.models.directory import LoadedModel, load_model, model_from_spec, new_spec, save_model
 
 CLASSES = ("blue", "green", "red")
 
@@ -22,7 +22,7 @@ CLASSES = ("blue", "green", "red")
 def small_model(architecture, *, size, classes=CLASSES):
     spec = new_spec(architecture, classes, input_size=size, width=0.5)
     torch.manual_seed(0)
-    return LoadedModel(create_model(spec).eval(), spec)
+    return LoadedModel(model_from_spec(spec).eval(), spec)
 
 
 @pytest.fixture(scope="module")
@@ -214,7 +214,7 @@ def test_classify(classifier, detector):
 
 
 def test_training_mode_is_left_as_it_was(detector):
-    model = create_model(detector.spec).train()
+    model = model_from_spec(detector.spec).train()
     frozen = next(m for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)).eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     detect((model, detector.spec), [noise()])
