@@ -80,6 +80,7 @@ class ModelConfig:
     input_size: int = opt(320, "side of the square input in pixels")
     width: float = opt(1.0, "width multiplier")
     dropout: float = opt(0.2, "classifiers: dropout before the last layer")
+    bn_momentum: float | None = opt(None, "BatchNorm's momentum; default: the architecture's own")
     reduced_tail: bool = opt(False, "halve the channels of the last stage")
     pretrained: bool = opt(False, "start from timm's ImageNet weights (needs network)")
     init_from: str = opt("", "model directory to start from; heads of other classes are re-made")

@@ -93,11 +93,10 @@ class SSDLite(nn.Module):
             nn.ModuleList(_head(c, config.num_per_cell * columns, norm) for c in channels)
             for columns in (num_classes + 1, 4)
         )
-        # torchvision starts an untrained backbone from the same distribution as the new layers.
+        # torchvision also draws an untrained backbone from N(0, 0.03). timm's fan-out scaling, which
+        # the backbone has already, learns much faster from little data (docs/decisions.md).
         for part in (self.extras, self.class_heads, self.box_heads):
             init_convolutions(part)
-        if not pretrained:
-            init_convolutions(self.backbone)
         canvas = (input_size, input_size)
         anchors = make_anchors(config, feature_sizes(canvas), size=canvas)
         self.register_buffer("anchors", anchors, persistent=False)

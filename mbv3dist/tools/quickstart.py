@@ -34,7 +34,7 @@ from mbv3dist.training.setup import build_model
 from mbv3dist.viz.draw import contact_sheet
 from mbv3dist.viz.plots import plot_class_scores, plot_training
 
-RECIPE = Path(__file__).with_name("quickstart.yaml")  # installed with the package
+RECIPE = Path(__file__).parents[2] / "configs" / "quickstart.yaml"  # of the clone
 NUM_PICTURES = 12  # with answers drawn on them; one of them shows nothing but background
 _MARKER = ".quickstart"  # a folder with this file was made here and may be cleared
 _SPLITS = ("train", "val", "test")
@@ -68,10 +68,12 @@ def quickstart(
         pictures (paths), model, data, drawn (counts and shares of the data set), per_class.
 
     Raises:
-        ValueError: the folder holds something else, or the training failed.
+        ValueError: the folder holds something else, the training failed, or this is no clone.
     """
     begin = time.perf_counter()
     out = Path(out)
+    if not RECIPE.is_file():
+        raise ValueError(f"{RECIPE}: not there; the quickstart runs in a clone, by make quickstart")
     config = _config(out, flags)
     if config.data.global_batch_size % processes:
         raise ValueError(

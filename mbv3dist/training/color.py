@@ -11,13 +11,14 @@ from torch import Tensor
 _LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601-2, as torchvision's rgb_to_grayscale
 
 
-def adjust_color(images: Tensor, color: Tensor) -> Tensor:
+def adjust_color(images: Tensor, color: Tensor, *, with_hue: bool = True) -> Tensor:
     """Applies per-sample colour changes.
 
     Args:
         images: float [B, 3, H, W] in 0..1.
         color: float32 [B, 4], factors of brightness, contrast and saturation (1 = unchanged) and
             the hue shift in turns (0 = unchanged).
+        with_hue: False leaves hues alone; the way to HSV and back is most of the cost.
 
     Returns:
         float [B, 3, H, W] in 0..1.
@@ -29,7 +30,7 @@ def adjust_color(images: Tensor, color: Tensor) -> Tensor:
     mean = _gray(images).mean(dim=(1, 2, 3), keepdim=True)
     images = torch.lerp(mean.expand_as(images), images, contrast).clamp(0, 1)
     images = torch.lerp(_gray(images).expand_as(images), images, saturation).clamp(0, 1)
-    return _shift_hue(images, hue)
+    return _shift_hue(images, hue) if with_hue else images
 
 
 def _gray(images: Tensor) -> Tensor:

@@ -114,7 +114,7 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
             for i, micro in enumerate(micro_batches):
                 images = micro.image.float().div_(255)
                 if has_color:
-                    images = adjust_color(images, micro.color)
+                    images = adjust_color(images, micro.color, with_hue=view.hue > 0)
                 images = (images - mean) / std
                 is_last = i == accumulation - 1
                 with contextlib.nullcontext() if is_last else accelerator.no_sync(run.step_model):

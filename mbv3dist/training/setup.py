@@ -204,6 +204,10 @@ def build_model(
         provenance={"run": config.name, "data": train_fingerprint, "seed": config.seed},
     )
     model = model_from_spec(spec, pretrained=recipe.pretrained)
+    if recipe.bn_momentum is not None:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = recipe.bn_momentum
     if recipe.init_from:
         source = load_model(recipe.init_from)
         if source.spec.task != config.task:
