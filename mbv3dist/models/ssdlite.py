@@ -93,8 +93,8 @@ class SSDLite(nn.Module):
             nn.ModuleList(_head(c, config.num_per_cell * columns, norm) for c in channels)
             for columns in (num_classes + 1, 4)
         )
-        # torchvision also draws an untrained backbone from N(0, 0.03). timm's fan-out scaling, which
-        # the backbone has already, learns much faster from little data (docs/decisions.md).
+        # torchvision draws an untrained backbone from N(0, 0.03) too; ours keeps timm's fan-out
+        # scaling (docs/decisions.md).
         for part in (self.extras, self.class_heads, self.box_heads):
             init_convolutions(part)
         canvas = (input_size, input_size)

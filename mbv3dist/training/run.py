@@ -20,7 +20,7 @@ from mbv3dist.models.directory import save_model
 from mbv3dist.training.checkpoint import save_checkpoint
 from mbv3dist.training.color import adjust_color
 from mbv3dist.training.optim import lr_factor, set_lr, train_mode
-from mbv3dist.training.processes import StopRequest, local_rank, on_main_process
+from mbv3dist.training.processes import StopRequest, is_distributed, local_rank, on_main_process
 from mbv3dist.training.report import write_report
 from mbv3dist.training.setup import Run, identity, prepare
 from mbv3dist.training.tracking import Meter, Tracker, format_numbers
@@ -186,8 +186,13 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
 def validate(run: Run) -> dict[str, Any]:
     """Losses and metrics on the validation split, of the moving average if there is one."""
     assert run.val_split is not None
+    model = _scored_model(run)
+    if is_distributed():
+        # Each rank's BatchNorm statistics end with its own last batch; rank 0's are the run's.
+        for buffer in model.buffers():
+            dist.broadcast(buffer, src=0)
     return evaluate(
-        _scored_model(run),
+        model,
         run.spec,
         run.val_split,
         batch_size=run.config.eval.batch_size,
