@@ -1,62 +1,58 @@
-#!/bin/bash
-# Several nodes under SLURM: one torchrun per node, one process per GPU.
+#!/usr/bin/env bash
+# Trains on several nodes under SLURM and goes on after the time limit, until the run is complete.
 #
-#   sbatch launch/slurm.sh configs/RECIPE.yaml [--optim.lr 0.1 ...]
+#   sbatch launch/slurm.sh RECIPE.yaml --mixed_precision bf16 [FLAGS...]
+#   sbatch --nodes 4 --export=ALL,RUN=runs/other launch/slurm.sh RECIPE.yaml
 #
-# Ten minutes before the time limit SLURM sends SIGUSR1 to this script, which hands it to all ranks.
-# They agree on a step, write a checkpoint and end; the job goes back into the queue and goes on from
-# there (`--resume auto`). After a node failure SLURM requeues it too, from the last checkpoint.
+# Submit it from the root of the repository, on a file system that all nodes share, with the
+# environment active. Adjust to the cluster: partition, account, GPUs, CPUs per GPU, time.
 #
-# Exit codes: 0 finished, or stopped and requeued; else the job failed. torchrun turns every failure
-# of a rank into 1: the line `mbv3dist: error: ...` above says which one it was.
-#
+# Two minutes before the time limit SLURM signals this script, which passes it to every node
+# (launch/node.sh): a checkpoint is written, and the job queues again under the same id.
 #SBATCH --job-name=mbv3dist
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
-#SBATCH --time=24:00:00
-#SBATCH --signal=B:USR1@600
+#SBATCH --time=04:00:00
+#SBATCH --signal=B:USR1@120
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output=slurm-%j.out
+#SBATCH --output=slurm-%j.log
+set -uo pipefail
 
-set -u
-[ $# -ge 1 ] || { echo "usage: sbatch launch/slurm.sh RECIPE.yaml [flags]" >&2; exit 2; }
+if [[ $# -eq 0 ]]; then
+    echo "usage: sbatch launch/slurm.sh RECIPE.yaml [FLAGS...]" >&2
+    exit 2
+fi
+name=${1##*/}
+export RUN=${RUN:-runs/${name%.yaml}}
 
-PYTHON=${PYTHON:-.venv/bin/python}
-GPUS_PER_NODE=${GPUS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
-HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-PORT=$((20000 + SLURM_JOB_ID % 20000)) # its own for each job: two may share a node
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2} # the decoding threads (data.num_threads) come on top
+# All nodes meet at the first one. Jobs that share that node get different ports.
+mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+endpoint=${hosts[0]}:$((20000 + SLURM_JOB_ID % 10000))
 
-asked=0
-hand_on() {
-    asked=1
-    echo "the time limit is near: asking all ranks for a checkpoint"
-    scancel --signal=USR1 "$SLURM_JOB_ID" # reaches every process of the job's steps, not this script
-}
-trap hand_on USR1
+# One torchrun per node, which starts a process per GPU. A node that fails ends the others.
+srun --kill-on-bad-exit=1 bash launch/node.sh \
+    --nnodes "$SLURM_NNODES" --nproc-per-node "$SLURM_GPUS_ON_NODE" \
+    --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID" --rdzv-endpoint "$endpoint" \
+    -m mbv3dist train "$@" &
+srun=$!
 
-# torchrun dies of SIGUSR1 and takes its ranks along. Ignored here, it stays ignored in torchrun;
-# the ranks set a handler of their own.
-srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec "$@"' torchrun \
-    "$PYTHON" -m torch.distributed.run \
-    --nnodes="$SLURM_JOB_NUM_NODES" --nproc-per-node="$GPUS_PER_NODE" \
-    --rdzv-backend=c10d --rdzv-id="$SLURM_JOB_ID" --rdzv-endpoint="$HEAD_NODE:$PORT" \
-    -m mbv3dist train "$@" --resume auto &
-step=$!
-
-# A trapped signal ends `wait` early, with a code above 128: wait until the step itself has ended.
-wait "$step"
-code=$?
-while kill -0 "$step" 2>/dev/null; do
-    wait "$step"
-    code=$?
+# srun passes SIGUSR1 on to the task of every node. A trapped signal ends `wait` early.
+asked=0 again=0
+trap 'asked=1 again=1; kill -USR1 "$srun"' USR1
+while :; do
+    code=0
+    wait "$srun" || code=$?
+    ((again)) || break
+    again=0
 done
 
-if [ "$asked" = 1 ] && [ "$code" = 0 ]; then
-    echo "requeueing job $SLURM_JOB_ID"
-    scontrol requeue "$SLURM_JOB_ID"
+# 75: stopped with a checkpoint. `asked` alone is enough, since srun may end other nodes' tasks
+# (--kill-on-bad-exit) as soon as the first has said 75.
+if ((asked || code == 75)) && [[ ! -d $RUN/last ]]; then
+    echo "job $SLURM_JOB_ID: stopped before the end of $RUN, queueing again"
+    exec scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -1,50 +1,50 @@
-#!/bin/bash
-# Rehearses a two-node run on one machine, on the CPU: two torchruns, each believing to be a node.
-# Finds mistakes in recipe, paths and launch before they cost a queue's wait.
+#!/usr/bin/env bash
+# Plays two nodes on this machine, on CPUs with gloo: rendezvous, ranks, shared folder, exit codes.
 #
-#   launch/two_node_rehearsal.sh configs/RECIPE.yaml [--epochs 1 ...]
+#   bash launch/two_node_rehearsal.sh [--nproc-per-node N] RECIPE.yaml [FLAGS...]
 #
-# NPROC=1       processes per "node"
-# PORT=29555    where the two meet
-# PYTHON=.venv/bin/python
-#
-# The batches are those of any other run of the recipe on any number of processes. Exit code: 0 if
-# both nodes ended well, else that of the first that did not (torchrun turns any failure into 1).
+# Try a launch with it before the cluster does. TORCHRUN_FLAGS="--max-restarts 1" adds flags of
+# torchrun. Exit code: 0 if both nodes ended with 0, else the first other one.
+set -uo pipefail
 
-set -u
-[ $# -ge 1 ] || { echo "usage: $0 RECIPE.yaml [flags]" >&2; exit 2; }
+processes=1
+if [[ ${1-} == --nproc-per-node ]]; then
+    processes=${2:?"--nproc-per-node: a number is missing"}
+    shift 2
+fi
+if [[ $# -eq 0 || $1 == -* ]]; then
+    echo "usage: bash launch/two_node_rehearsal.sh [--nproc-per-node N] RECIPE.yaml [FLAGS...]" >&2
+    exit 2
+fi
 
-cd "$(dirname "$0")/.." || exit 2
-NPROC=${NPROC:-1}
-PORT=${PORT:-29555}
-PYTHON=${PYTHON:-.venv/bin/python}
-export CUDA_VISIBLE_DEVICES= # both "nodes" would take the same GPUs
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# gloo takes the address of the host's name, which need not be reachable; loopback always is.
-case $(uname) in Darwin) loopback=lo0 ;; *) loopback=lo ;; esac
-export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$loopback}
+# Nothing but the loopback interface, and no GPU: both nodes would take the same one.
+export CUDA_VISIBLE_DEVICES='' GLOO_SOCKET_IFNAME=lo OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # as in launch/node.sh
+port=$(python3 -c 'import socket; print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])')
 
-start_node() {
-    rank=$1
-    shift
-    exec "$PYTHON" -m torch.distributed.run --nnodes 2 --node-rank "$rank" \
-        --nproc-per-node "$NPROC" --master-addr 127.0.0.1 --master-port "$PORT" \
-        -m mbv3dist train "$@"
-}
+nodes=()
+# torchrun passes SIGTERM on to its workers, which write a checkpoint.
+trap 'kill -TERM "${nodes[@]}" 2>/dev/null; wait' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 
-start_node 0 "$@" &
-node0=$!
-start_node 1 "$@" &
-node1=$!
-trap 'kill -TERM "$node0" "$node1" 2>/dev/null' INT TERM
-
-# If one node fails the other would wait for it: stop it too.
-wait -n "$node0" "$node1"
-code=$?
-[ "$code" = 0 ] || kill -TERM "$node0" "$node1" 2>/dev/null
-for node in "$node0" "$node1"; do
-    wait "$node"
-    last=$?
-    [ "$code" != 0 ] || code=$last
+for node in 0 1; do
+    # shellcheck disable=SC2086  # TORCHRUN_FLAGS holds several words
+    torchrun --nnodes 2 --nproc-per-node "$processes" --rdzv-id rehearsal --rdzv-backend c10d \
+        --rdzv-endpoint "127.0.0.1:$port" --local-addr 127.0.0.1 ${TORCHRUN_FLAGS-} \
+        -m mbv3dist train "$@" &
+    nodes+=($!)
 done
+
+# A node that fails before they have met would leave the other waiting for ten minutes.
+wait -n "${nodes[@]}" || kill -TERM "${nodes[@]}" 2>/dev/null
+
+code=0
+for node in 0 1; do
+    node_code=0
+    wait "${nodes[node]}" || node_code=$?
+    echo "node $node: exit code $node_code"
+    ((code)) || code=$node_code
+done
+nodes=() # both have ended: nothing to clean up
 exit "$code"

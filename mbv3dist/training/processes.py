@@ -32,6 +32,31 @@ def check_launch(environ: dict[str, str] | None = None) -> None:
         )
 
 
+def check_devices(num_gpus: int, environ: dict[str, str] | None = None) -> None:
+    """Refuses GPU launches on a machine whose GPUs are fewer than the processes on it.
+
+    Accelerate's multi-GPU launcher shows as ACCELERATE_MIXED_PRECISION without
+    ACCELERATE_USE_CPU; without GPUs all its processes would train slowly on the CPU.
+
+    Raises:
+        ValueError: with what to start instead.
+    """
+    env = os.environ if environ is None else environ
+    here = int(env.get("LOCAL_WORLD_SIZE", "1"))
+    on_cpu = env.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    for_gpus = "ACCELERATE_MIXED_PRECISION" in env and "ACCELERATE_USE_CPU" not in env
+    if num_gpus == 0 and for_gpus and int(env.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"accelerate launch started {here} processes for GPUs, and this machine shows none; on "
+            "CPUs use: torchrun --nproc-per-node 2 -m mbv3dist train RECIPE"
+        )
+    if 0 < num_gpus < here and not on_cpu:
+        raise ValueError(
+            f"{here} processes on this node and {num_gpus} GPU(s); start with --num_processes "
+            f"{num_gpus} (accelerate) or --nproc-per-node {num_gpus} (torchrun)"
+        )
+
+
 def check_world_size(num_processes: int) -> None:
     """Refuses to go on if fewer processes found each other than the launcher started."""
     asked = int(os.environ.get("WORLD_SIZE", "1"))

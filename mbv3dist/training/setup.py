@@ -30,6 +30,7 @@ from mbv3dist.training.classification import ClassificationTask
 from mbv3dist.training.detection import DetectionTask
 from mbv3dist.training.optim import build_optimizer, train_mode
 from mbv3dist.training.processes import (
+    check_devices,
     check_launch,
     check_world_size,
     is_distributed,
@@ -75,6 +76,7 @@ class Run:
 def prepare(config: TrainConfig) -> Run:
     """Opens the data, makes or restores the model, and checks that everything fits."""
     check_launch()
+    check_devices(torch.cuda.device_count())
     if config.num_cpu_threads:
         torch.set_num_threads(config.num_cpu_threads)
     train_split = open_split(config.data.path, config.data.train_split)

@@ -7,7 +7,7 @@ import signal
 import pytest
 import torch
 
-from mbv3dist.training.processes import StopRequest, check_launch, on_main_process
+from mbv3dist.training.processes import StopRequest, check_devices, check_launch, on_main_process
 from mbv3dist.training.tracking import Meter, drop_records_after, format_numbers
 
 
@@ -47,6 +47,17 @@ def test_one_process_where_several_were_asked_for():
     check_launch({"MASTER_ADDR": "x", "WORLD_SIZE": "2"})
     with pytest.raises(ValueError, match="torchrun"):
         check_launch({"MASTER_ADDR": "127.0.0.1"})
+
+
+def test_more_processes_than_gpus():
+    alone = {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2"}
+    check_devices(0, alone)  # torchrun on CPUs
+    check_devices(2, alone)
+    with pytest.raises(ValueError, match="2 processes on this node and 1 GPU"):
+        check_devices(1, alone)
+    check_devices(1, {**alone, "ACCELERATE_USE_CPU": "True"})
+    with pytest.raises(ValueError, match="for GPUs, and this machine shows none"):
+        check_devices(0, {**alone, "ACCELERATE_MIXED_PRECISION": "bf16"})
 
 
 @pytest.mark.parametrize("number", StopRequest.signals)
