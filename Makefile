@@ -9,7 +9,7 @@ export XDG_CACHE_HOME := $(CURDIR)/.cache
 export XDG_CONFIG_HOME := $(CURDIR)/.cache/config
 export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export TMPDIR := $(CURDIR)/.cache/tmp
-_ := $(shell mkdir -p $(CURDIR)/.cache/tmp)
+_ := $(shell mkdir -p .cache/tmp)
 
 .PHONY: setup quickstart test test-fast lint format gpu-bundle gpu clean
 
@@ -54,4 +54,4 @@ gpu:
 	PYTHONPATH=.gpu/site:. $(PYTHON) -m pytest -m gpu
 
 clean:
-	rm -rf $(VENV) .cache runs *.egg-info
+	rm -rf $(VENV) .cache *.egg-info

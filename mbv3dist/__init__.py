@@ -20,7 +20,7 @@ _EXPORTS = {
     "detect": "mbv3dist.inference.predict",
     "predict": "mbv3dist.inference.predict",
     "evaluate": "mbv3dist.evaluation.run",
-    "load_config": "mbv3dist.config",
+    "load_config": "mbv3dist.recipe",
     "train": "mbv3dist.training.run",
 }
 

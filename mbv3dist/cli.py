@@ -8,15 +8,21 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import mbv3dist
 
+_SECONDS_PER_LINE = 30.0  # of progress, where there is no terminal
+
 
 class _Parser(argparse.ArgumentParser):
-    """argparse with one-line errors."""
+    """argparse with one-line errors, and no abbreviated flags."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **options)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
@@ -89,10 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     train.add_argument("recipe", help="YAML file, for instance from configs/")
     train.set_defaults(takes_config_flags=True)
-    if {"train", "--help"} <= set(sys.argv) or {"train", "-h"} <= set(sys.argv):
-        from mbv3dist.config import config_help
-
-        train.epilog = f"keys of a recipe, and flags:\n{config_help()}"
+    train.format_help = lambda: _train_help(train)
 
     evaluate = command("eval", _eval, "Score a model on a split.")
     evaluate.add_argument("model", help="model directory, such as runs/NAME/best")
@@ -118,11 +121,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _train_help(parser: argparse.ArgumentParser) -> str:
+    """The help of `train` with all keys of a recipe; only made when asked for."""
+    from mbv3dist.recipe import config_help
+
+    text = argparse.ArgumentParser.format_help(parser)
+    return f"{text}\nkeys of a recipe, and flags:\n{config_help()}\n"
+
+
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is below 1")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -138,7 +148,6 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         help="classification: a sample per object, cut out; else the largest object is the label",
     )
     for kind in (imagefolder, voc):
-        kind.set_defaults(takes_config_flags=False)
         kind.add_argument("--out", required=True, help="folder of the data set")
         kind.add_argument("--split", required=True, help="name of the split")
         kind.add_argument("--classes", help="file with one class name per line")
@@ -233,7 +242,8 @@ def _inspect(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     from mbv3dist.convert.verify import verify_dataset
 
-    result = verify_dataset(args.data)
+    with _progress("verifying") as progress:
+        result = verify_dataset(args.data, progress=progress)
     if args.json:
         _print_json(result)
     else:
@@ -260,6 +270,8 @@ def _plan(args: argparse.Namespace) -> None:
         tail=args.tail,
     )
     plan.check_world(args.world_size)
+    if args.steps and not args.keys:
+        raise ValueError("--steps chooses lines of --keys; give both")
     first, last = _step_range(args.steps, plan.num_steps)
     if args.keys:
         for line in plan_lines(plan, world_size=args.world_size, steps=range(first, last)):
@@ -281,13 +293,13 @@ def _step_range(text: str | None, num_steps: int) -> tuple[int, int]:
         span = int(first or 0), int(last or num_steps) if separator else int(first) + 1
     except ValueError:
         raise ValueError(f"--steps {text}: expected A:B, two step numbers") from None
-    if not 0 <= span[0] <= span[1]:
-        raise ValueError(f"--steps {text}: expected 0 <= A <= B")
-    return span[0], min(span[1], num_steps)
+    if not 0 <= span[0] <= span[1] <= num_steps:
+        raise ValueError(f"--steps {text}: expected 0 <= A <= B <= {num_steps}, the run's steps")
+    return span
 
 
 def _train(args: argparse.Namespace) -> None:
-    from mbv3dist.config import load_config
+    from mbv3dist.recipe import load_config
 
     config = load_config(args.recipe, args.config_flags)
     from mbv3dist.training.run import train
@@ -353,11 +365,12 @@ def _quickstart(args: argparse.Namespace) -> None:
 
 
 class _progress:  # noqa: N801
-    """A progress callback (done, total), drawn on standard error if that is a terminal."""
+    """A progress callback (done, total) on standard error: a bar, or a line now and then."""
 
     def __init__(self, text: str) -> None:
         self._text = text
         self._bar: Any = None
+        self._next_line = time.monotonic() + _SECONDS_PER_LINE
 
     def __enter__(self) -> Callable[[int, int], None]:
         if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
@@ -372,6 +385,9 @@ class _progress:  # noqa: N801
     def _update(self, done: int, total: int) -> None:
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=done, total=total)
+        elif time.monotonic() > self._next_line and os.environ.get("RANK", "0") == "0":
+            self._next_line = time.monotonic() + _SECONDS_PER_LINE
+            print(f"{self._text}: {done}/{total}", file=sys.stderr, flush=True)
 
     def __exit__(self, *error: object) -> None:
         if self._bar is not None:

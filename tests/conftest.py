@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -144,20 +144,23 @@ def classification_recipe(classification_data, tmp_path) -> Path:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment without a launcher's, one thread each."""
+    """This process's environment without a launcher's and without GPUs, one thread each."""
     launcher = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_RANK", "WANDB_MODE")
     env = {k: v for k, v in os.environ.items() if k not in launcher}
-    return {**env, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return {**env, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def run_mbv3dist(
-    *words: object, processes: int = 0, cwd: Path | None = None, timeout: float = 300
+    *words: object,
+    processes: int = 0,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 300,
 ) -> subprocess.CompletedProcess[str]:
-    """Runs the command, plainly or on `processes` ranks under torchrun."""
+    """Runs the command, plainly or on `processes` ranks under torchrun; `env` is added."""
     return subprocess.run(
         command_line(words, processes=processes),
-        env=environment(),
-        cwd=cwd,
+        env={**environment(), **(env or {})},
+        stdin=subprocess.DEVNULL,
         timeout=timeout,
         capture_output=True,
         text=True,
@@ -174,12 +177,17 @@ def command_line(words: Sequence[object], *, processes: int = 0) -> list[str]:
 
 
 def kill_when(
-    words: Sequence[object], condition: Path, *, processes: int = 0, timeout: float = 120
+    words: Sequence[object],
+    condition: Path,
+    *,
+    processes: int = 0,
+    env: Mapping[str, str] | None = None,
+    timeout: float = 120,
 ) -> None:
     """Starts the command and kills it, ranks included, as soon as `condition` exists."""
     process = subprocess.Popen(
         command_line(words, processes=processes),
-        env=environment(),
+        env={**environment(), **(env or {})},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -265,7 +265,10 @@ def save_model(model: nn.Module, spec: ModelSpec, path: str | Path) -> None:
     try:
         new, old = work / "new", work / "old"
         new.mkdir()
-        save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
+        try:
+            save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
+        except SafetensorError as error:  # its own name for a full disk, too
+            raise OSError(f"model directory: {path} could not be written ({error})") from None
         (new / SPEC_FILE).write_text(spec_to_json(spec), encoding="utf-8")
         for name in (WEIGHTS_FILE, SPEC_FILE):
             _sync_to_disk(new / name)

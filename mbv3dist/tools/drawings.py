@@ -311,7 +311,7 @@ def draw_background(draws: Generator, *, size: int) -> Image.Image:
     side = size * BACKGROUND_SUPERSAMPLING
     canvas = _texture(draws, size).resize((side, side), Image.Resampling.NEAREST)
     pen = ImageDraw.Draw(canvas, "RGBA")
-    for _ in range(int(draws.integers(8, 36))):
+    for _ in range(int(draws.integers(6, 28))):
         _clutter(pen, draws, side)
     canvas = canvas.reduce(BACKGROUND_SUPERSAMPLING)
     if draws.random() < 0.35:  # now and then out of focus, as behind a real subject

@@ -31,9 +31,9 @@ EMPTY_SHARE = 0.10  # of the pictures
 SMALL_SHARE = 0.30  # of the objects
 OVERLAP_SHARE = 0.15  # of the objects
 SMALL_LIMIT = 0.12  # longer side of the box / side of the picture
-SMALL_SIZES = (0.078, 0.114)  # drawn well inside the limit, at least 14 pixels
+SMALL_SIZES = (0.092, 0.117)  # drawn well inside the limit, at least 14 pixels
 LARGE_SIZES = (0.17, 0.52)
-MAX_OBJECTS = 6
+MAX_OBJECTS = 8
 MIN_PIXELS = 14
 JPEG_QUALITY = 90
 
@@ -72,7 +72,7 @@ class Picture:
 def make_drawn_dataset(
     root: str | Path,
     *,
-    num_train: int = 1200,
+    num_train: int = 1600,
     num_test: int = 250,
     num_val: int = 100,
     size: int = 256,

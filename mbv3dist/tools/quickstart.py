@@ -22,12 +22,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from mbv3dist.config import TrainConfig, load_config
+from mbv3dist.config import TrainConfig
 from mbv3dist.convert.voc import convert_voc
 from mbv3dist.data.index import Split, open_split
 from mbv3dist.evaluation.run import evaluate
 from mbv3dist.inference.predict import predict
 from mbv3dist.models.directory import load_model
+from mbv3dist.recipe import load_config
 from mbv3dist.tools.drawings import CLASSES
 from mbv3dist.tools.drawn import make_drawn_dataset
 from mbv3dist.training.setup import build_model
@@ -46,7 +47,7 @@ def quickstart(
     out: str | Path = "runs/quickstart",
     *,
     processes: int = 2,
-    num_train: int = 1200,
+    num_train: int = 1600,
     num_val: int = 100,
     num_test: int = 250,
     seed: int = 0,

@@ -44,7 +44,9 @@ def score(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
-        state = PartialState(cpu=device == "cpu")
+        # Without cpu=True and without CUDA, every rank would score the whole split alone.
+        state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available())
+        assert state.num_processes == int(os.environ["WORLD_SIZE"])
         target = state.device
     else:
         target = choose_device(device)

@@ -111,11 +111,11 @@ def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
         group["lr"] = group["peak_lr"] * factor
 
 
-def train_mode(model: nn.Module) -> None:
-    """Training mode, but frozen BatchNorm layers keep their statistics."""
+def train_mode(model: nn.Module, *, freeze_bn: bool = False) -> None:
+    """Training mode, but BatchNorm of frozen groups, or all of it, keeps its statistics."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             weight = module.weight
-            if weight is not None and not weight.requires_grad:
+            if freeze_bn or (weight is not None and not weight.requires_grad):
                 module.eval()

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 
 T = TypeVar("T")
 
@@ -100,10 +102,30 @@ def on_main_process(function: Callable[[], T]) -> T:
     return result
 
 
+def is_lost_peer(error: RuntimeError) -> bool:
+    """Whether a collective failed because another rank has ended."""
+    words = ("closed by peer", "reset by peer", "Broken pipe", "Socket closed")
+    return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
+
+
+def leave_group() -> None:
+    """Ends the process group and Accelerate's state, so that another run can start."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """A seed for torch that no other step or rank has."""
+    words = np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)
+    return int(words[0] >> np.uint64(1))
+
+
 class StopRequest:
     """SIGTERM or SIGUSR1 asks for a checkpoint and a clean end; all ranks agree on the step.
 
-    The agreement runs on a gloo group of its own: the question never makes the GPU wait.
+    A context manager: at its end the signals go to their former handlers again. The agreement
+    runs on a gloo group of its own: the question never makes the GPU wait.
     """
 
     signals = (signal.SIGTERM, signal.SIGUSR1)
@@ -124,7 +146,9 @@ class StopRequest:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
         return bool(flag.item())
 
-    def close(self) -> None:
-        """Gives the signals back to their former handlers."""
+    def __enter__(self) -> "StopRequest":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)

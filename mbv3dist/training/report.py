@@ -11,10 +11,11 @@ import yaml
 from PIL import Image
 from torch import nn
 
-from mbv3dist.config import TrainConfig, config_to_dict
+from mbv3dist.config import TrainConfig
 from mbv3dist.data.index import Split
 from mbv3dist.inference.predict import DISPLAY_THRESHOLD, classify, detect
 from mbv3dist.models.directory import ModelSpec
+from mbv3dist.recipe import config_to_dict
 from mbv3dist.viz.draw import draw_boxes, draw_classes
 from mbv3dist.viz.plots import plot_training, read_metrics
 

@@ -6,6 +6,8 @@ functions of the step alone, so that a killed run continues as if nothing had ha
 """
 
 import contextlib
+import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -20,10 +22,20 @@ from mbv3dist.models.directory import save_model
 from mbv3dist.training.checkpoint import save_checkpoint
 from mbv3dist.training.color import adjust_color
 from mbv3dist.training.optim import lr_factor, set_lr, train_mode
-from mbv3dist.training.processes import StopRequest, is_distributed, local_rank, on_main_process
+from mbv3dist.training.processes import (
+    StopRequest,
+    is_distributed,
+    is_lost_peer,
+    leave_group,
+    local_rank,
+    on_main_process,
+    step_seed,
+)
 from mbv3dist.training.report import write_report
 from mbv3dist.training.setup import Run, identity, prepare
 from mbv3dist.training.tracking import Meter, Tracker, format_numbers
+
+_CALM = "lower --optim.lr, add --optim.warmup_epochs or --optim.clip_grad_norm"
 
 
 def train(config: TrainConfig, *, quiet: bool = False) -> dict[str, Any]:
@@ -41,23 +53,27 @@ def train(config: TrainConfig, *, quiet: bool = False) -> dict[str, Any]:
         OSError: the disk is full or not readable.
     """
     try:
-        run = prepare(config)
-    except (ValueError, OSError):
-        if local_rank() != 0:  # every rank meets the same error; one line of it is enough
-            raise SystemExit(2) from None
-        raise
-    try:
+        try:
+            run = prepare(config)
+        except (ValueError, OSError):
+            if local_rank() != 0:  # every rank meets the same error; one line of it is enough
+                raise SystemExit(2) from None
+            raise
         return fit(run, quiet=quiet)
+    except RuntimeError as error:
+        if not is_lost_peer(error):
+            raise
+        print(f"rank {dist.get_rank()}: another rank ended; its message says why", file=sys.stderr)
+        raise SystemExit(1) from None
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_group()
 
 
 def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     """The training loop, from `run.start_step` to the end of the plan."""
     config, accelerator, plan, task = run.config, run.accelerator, run.plan, run.task
-    device, is_main = accelerator.device, accelerator.is_main_process
-    num_samples, rank = plan.num_samples, accelerator.process_index
+    device = accelerator.device
+    rank = accelerator.process_index
     world_size, accumulation = accelerator.num_processes, config.optim.accumulation_steps
     mean, std = (
         torch.tensor(v, device=device).view(1, 3, 1, 1)
@@ -65,11 +81,9 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     )
     view = config.data.view
     has_color = max(view.brightness, view.contrast, view.saturation, view.hue) > 0
-    global_batch = config.data.global_batch_size
     meter = Meter(device)
     val: dict[str, Any] | None = None
     step, stopped = run.start_step, False
-    saved_step = run.start_step
     loader = Loader(
         run.train_split,
         plan,
@@ -80,27 +94,25 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
         world_size=world_size,
         num_threads=config.data.num_threads,
         prefetch=config.data.prefetch,
-        start_step=run.start_step,
+        start_step=plan.num_steps if is_out_of_patience(run) else run.start_step,
         pin_memory=device.type == "cuda",
         verify=config.data.verify,
     )
-    stop = StopRequest()
     with (
+        StopRequest() as stop,
         Tracker(
             accelerator, config, start_step=step, num_steps=plan.num_steps, quiet=quiet
         ) as tracker,
         loader,
     ):
         tracker.say(_banner(run))
-        train_mode(run.step_model)
+        train_mode(run.step_model, freeze_bn=config.model.freeze_bn)
         for step, batch in loader:
             batch = batch.to(device)
             # Dropout depends on (seed, step, rank) alone: no generator state to save.
-            torch.manual_seed(((config.seed << 32) + step) * 65_537 + rank)
-            set_lr(
-                run.optimizer,
-                lr_factor(step * global_batch / num_samples, config.optim, epochs=config.epochs),
-            )
+            torch.manual_seed(step_seed(config.seed, step, rank))
+            progress = plan.epochs_done(step)
+            set_lr(run.optimizer, lr_factor(progress, config.optim, epochs=config.epochs))
 
             # The loss is divided by a count over ALL ranks and micro-batches, known from the
             # targets alone, before any forward pass.
@@ -130,48 +142,37 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
 
             step += 1  # steps done
             meter.step(batch.image.shape[0] * world_size, loader.wait_s)
-            epoch = min(step * global_batch / num_samples, float(config.epochs))
+            epoch = plan.epochs_done(step)
             is_end = step == plan.num_steps
             if step % config.tracking.log_every_steps == 0 or is_end:
                 lr = run.optimizer.param_groups[-1]["lr"]
                 values = {"epoch": round(epoch, 4), **meter.read(), "lr": lr}
                 if not values["loss"] < float("inf"):
-                    raise ValueError(
-                        f"the loss became {values['loss']} before step {step}; lower --optim.lr, "
-                        "add --optim.warmup_epochs or --optim.clip_grad_norm"
-                    )
+                    raise ValueError(f"the loss became {values['loss']} by step {step}; {_CALM}")
                 tracker.record("train", step, values)
                 stopped = stop.agreed() and not is_end
 
-            if run.val_split is not None and _is_eval_step(run, step) and not stopped:
+            if run.val_split is not None and _is_eval_step(run, step):
                 val = validate(run)
-                keeps_on = _note_score(run, val[task.metric])
-                if run.evals_without_gain == 0 and is_main:
-                    _save_model(run, "best")
+                _note_score(run, val[task.metric])
+                if run.evals_without_gain == 0:
+                    on_main_process(partial(_save_model, run, "best"))
                 tracker.record("val", step, {"epoch": round(epoch, 4), **val})
                 tracker.say(f"validation at epoch {epoch:.2f}: {format_numbers(val)}")
-                train_mode(run.step_model)
+                train_mode(run.step_model, freeze_bn=config.model.freeze_bn)
                 meter.restart_clock()
-                is_end = is_end or not keeps_on
+                is_end = is_end or is_out_of_patience(run)
 
             if _is_checkpoint_step(run, step) or stopped or is_end:
                 on_main_process(partial(_save_checkpoint, run, step))
-                saved_step = step
             if stopped or is_end:
                 break
-        if is_main and not stopped:
-            _save_model(run, "last")
-            page = write_report(
-                config, _scored_model(run), run.spec, run.val_split or run.train_split
-            )
-            tracker.say(f"report: {page}")
         if stopped:
-            tracker.say(
-                f"stopped on request at step {step}, checkpoint written; --resume auto goes on"
-            )
-        elif saved_step == run.start_step == plan.num_steps:
-            tracker.say(f"nothing to do: all {plan.num_steps} steps are done")
-    stop.close()
+            tracker.say(f"stopped on request after step {step}; --resume auto goes on from there")
+        else:
+            on_main_process(partial(_save_model, run, "last"))
+            page = on_main_process(partial(_write_report, run))
+            tracker.say(f"report: {page}")
     accelerator.wait_for_everyone()
     return {
         "run": str(config.run_dir),
@@ -191,18 +192,33 @@ def validate(run: Run) -> dict[str, Any]:
         # Each rank's BatchNorm statistics end with its own last batch; rank 0's are the run's.
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
-    return evaluate(
-        model,
-        run.spec,
-        run.val_split,
-        batch_size=run.config.eval.batch_size,
-        device=run.accelerator.device,
-        num_threads=run.config.data.num_threads,
-        min_negatives=run.config.model.min_negatives,
-    )
+    with full_precision(model):
+        return evaluate(
+            model,
+            run.spec,
+            run.val_split,
+            batch_size=run.config.eval.batch_size,
+            device=run.accelerator.device,
+            num_threads=run.config.data.num_threads,
+            min_negatives=run.config.model.min_negatives,
+        )
+
+
+@contextlib.contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Without Accelerate's autocast, which it hangs on the instance: scores are those of `eval`."""
+    patched = model.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if patched is not None:
+            model.__dict__["forward"] = patched
 
 
 def _save_checkpoint(run: Run, step: int) -> None:
+    weights = [weight.isfinite().all() for weight in run.model.parameters()]
+    if not torch.stack(weights).all():
+        raise ValueError(f"the weights are not finite after step {step}, not saved; {_CALM}")
     optimizer: dict[str, Any] = {"optimizer": run.optimizer.state_dict()}
     if run.accelerator.scaler is not None:
         optimizer["scaler"] = run.accelerator.scaler.state_dict()
@@ -232,15 +248,25 @@ def _save_model(run: Run, name: str) -> None:
     save_model(_scored_model(run), run.spec, run.config.run_dir / name)
 
 
-def _note_score(run: Run, score: float | None) -> bool:
-    """Keeps account of the best score; False when patience has run out."""
+def _write_report(run: Run) -> str:
+    model = _scored_model(run)
+    with full_precision(model):
+        return str(write_report(run.config, model, run.spec, run.val_split or run.train_split))
+
+
+def _note_score(run: Run, score: float | None) -> None:
+    """Keeps account of the best score."""
     score = -1.0 if score is None else score
     if score > run.best_score:
         run.best_score, run.evals_without_gain = score, 0
     else:
         run.evals_without_gain += 1
+
+
+def is_out_of_patience(run: Run) -> bool:
+    """Whether early stopping has ended, or ends, the run."""
     patience = run.config.eval.early_stop
-    return patience == 0 or run.evals_without_gain < patience
+    return 0 < patience <= run.evals_without_gain
 
 
 def _is_eval_step(run: Run, step: int) -> bool:
@@ -256,13 +282,15 @@ def _is_checkpoint_step(run: Run, step: int) -> bool:
         return True
     if not config.every_epochs:
         return False
-    per_step = run.config.data.global_batch_size / run.plan.num_samples / config.every_epochs
-    return int(step * per_step + 1e-9) > int((step - 1) * per_step + 1e-9)
+    done, before = (run.plan.epochs_done(s) / config.every_epochs + 1e-9 for s in (step, step - 1))
+    return int(done) > int(before)
 
 
 def _banner(run: Run) -> str:
     accelerator, plan = run.accelerator, run.plan
     where = f"step {run.start_step} of {plan.num_steps}"
+    if run.start_step == plan.num_steps or is_out_of_patience(run):
+        where += ": the run is complete"
     return (
         f"{run.config.run_dir}: {run.spec.architecture}, {len(run.spec.classes)} classes, "
         f"{plan.num_samples} training samples, {accelerator.num_processes} process(es) on "

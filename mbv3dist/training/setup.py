@@ -1,8 +1,10 @@
 """From a recipe to all the loop uses: data, plan, model, optimiser, where to start from."""
 
+import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -12,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
 
-from mbv3dist.config import TrainConfig, config_to_dict
+from mbv3dist.config import TrainConfig
 from mbv3dist.data.batch import Batch
 from mbv3dist.data.index import Split, open_split
 from mbv3dist.data.plan import Plan
@@ -20,6 +22,7 @@ from mbv3dist.models.anchors import AnchorConfig
 from mbv3dist.models.directory import ModelSpec, Thresholds, load_model, model_from_spec, new_spec
 from mbv3dist.models.ssdlite import SSDLite, parameter_groups
 from mbv3dist.models.weights import transfer
+from mbv3dist.recipe import config_to_dict
 from mbv3dist.training.checkpoint import (
     Checkpoint,
     find_checkpoint,
@@ -120,7 +123,9 @@ def prepare(config: TrainConfig) -> Run:
         from timm.layers import convert_sync_batchnorm
 
         model = convert_sync_batchnorm(model)
-    optimizer = build_optimizer(parameter_groups(model), config.optim)
+    optimizer = build_optimizer(
+        parameter_groups(model), config.optim, fused=accelerator.mixed_precision != "fp16"
+    )
     ema = None
     if config.optim.ema_decay:
         from timm.utils import ModelEmaV3
@@ -128,7 +133,7 @@ def prepare(config: TrainConfig) -> Run:
         ema = ModelEmaV3(model, decay=config.optim.ema_decay, use_warmup=True)
     step_model, prepared_optimizer = accelerator.prepare(model, optimizer)
     if config.compile:
-        step_model = torch.compile(step_model)
+        step_model = torch.compile(step_model, dynamic=False)
     task: Task
     if isinstance(model, SSDLite):
         task = DetectionTask.from_config(config, model.anchors)
@@ -205,19 +210,24 @@ def build_model(
         pretrained=recipe.pretrained,
         provenance={"run": config.name, "data": train_fingerprint, "seed": config.seed},
     )
-    model = model_from_spec(spec, pretrained=recipe.pretrained)
-    if recipe.bn_momentum is not None:
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = recipe.bn_momentum
-    if recipe.init_from:
-        source = load_model(recipe.init_from)
+    source = load_model(recipe.init_from) if recipe.init_from else None
+    if source is not None:
         if source.spec.task != config.task:
             raise ValueError(
                 f"--model.init_from {recipe.init_from} is a {source.spec.task} model, this run "
                 f"trains a {config.task} model; give a model of the same task"
             )
-        transfer(model, source.model.state_dict())
+        # Weights go on seeing what they were trained on.
+        theirs = source.spec.preprocess
+        preprocess = replace(spec.preprocess, mean=theirs.mean, std=theirs.std)
+        spec = replace(spec, bn_eps=source.spec.bn_eps, preprocess=preprocess)
+    model = model_from_spec(spec, pretrained=recipe.pretrained)
+    if recipe.bn_momentum is not None:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = recipe.bn_momentum
+    if source is not None:
+        transfer(model, source.model.state_dict(), source=recipe.init_from)
     return spec, model
 
 
@@ -229,10 +239,13 @@ def _settle_buckets(run: Run) -> None:
     in the same order: the same bits.
     """
     before = {name: tensor.clone() for name, tensor in run.model.state_dict().items()}
-    train_mode(run.step_model)
+    train_mode(run.step_model, freeze_bn=run.config.model.freeze_bn)
+    parts = run.accelerator.num_processes * run.config.optim.accumulation_steps
     size = run.config.model.input_size
+    images = torch.zeros(run.plan.global_batch_size // parts, 3, size, size)
+    images = images.to(run.accelerator.device, memory_format=torch.channels_last)
     for _ in range(2):
-        outputs = run.step_model(torch.zeros(2, 3, size, size, device=run.accelerator.device))
+        outputs = run.step_model(images)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         torch.stack([out.float().mean() for out in outputs]).sum().backward()
     run.model.load_state_dict(before)
@@ -241,7 +254,8 @@ def _settle_buckets(run: Run) -> None:
 
 def _resume(run: Run) -> None:
     """Continues from the newest whole checkpoint, if there is one."""
-    path, complaints = find_checkpoint(run.config.run_dir)
+    # Rank 0 decides, so that a rank whose file system lags behind cannot start elsewhere.
+    path, complaints = on_main_process(partial(find_checkpoint, run.config.run_dir))
     for complaint in complaints:
         run.accelerator.print(f"warning: {complaint}")
     if path is None:
@@ -251,12 +265,20 @@ def _resume(run: Run) -> None:
                 "--resume never --overwrite true"
             )
         return
+    if not path.is_dir():
+        raise ValueError(
+            f"{path}: rank 0 sees this checkpoint, this rank does not; --out must be shared"
+        )
     checkpoint = load_checkpoint(path)
     _check_same_run(run, checkpoint, path)
     run.model.load_state_dict(checkpoint.model)
     if run.ema is not None and checkpoint.ema is not None:
         run.ema.module.load_state_dict(checkpoint.ema)  # type: ignore[union-attr]
+    # Rates and decay are the recipe's of today; momentum buffers come from the checkpoint.
+    recipe = [{k: v for k, v in g.items() if k != "params"} for g in run.optimizer.param_groups]
     run.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
+    for group, values in zip(run.optimizer.param_groups, recipe, strict=True):
+        group.update(values)
     if run.accelerator.scaler is not None and "scaler" in checkpoint.optimizer:
         run.accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
     run.start_step = checkpoint.step
@@ -283,6 +305,12 @@ def identity(run: Run) -> dict[str, Any]:
         "architecture": run.spec.architecture,
         "classes": list(run.spec.classes),
         "input_size": run.spec.input_size,
+        "width": run.spec.width,
+        "reduced_tail": run.spec.reduced_tail,
+        "mean and std": [list(run.spec.preprocess.mean), list(run.spec.preprocess.std)],
+        "bn_eps": run.spec.bn_eps,
+        "anchors": json.loads(json.dumps(asdict(run.spec.anchors))) if run.spec.anchors else None,
+        "parameter groups": [[g["name"], len(g["params"])] for g in run.optimizer.param_groups],
         "data fingerprint": run.train_split.fingerprint,
         "optimizer": run.config.optim.name,
         "ema_decay": run.config.optim.ema_decay,

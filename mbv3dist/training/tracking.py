@@ -9,6 +9,7 @@ import os
 import sys
 import time
 import uuid
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mbv3dist.config import TrainConfig, config_to_dict
-from mbv3dist.training.processes import is_distributed
+from mbv3dist.config import TrainConfig
+from mbv3dist.recipe import config_to_dict
+from mbv3dist.training.processes import is_distributed, on_main_process
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -51,8 +53,7 @@ class Tracker:
         self._path = config.run_dir / "metrics.jsonl"
         self._progress: Any = None
         self._quiet = quiet
-        if self._is_main:
-            drop_records_after(self._path, start_step)
+        on_main_process(partial(drop_records_after, self._path, start_step))
         if self._wandb:
             _start_wandb(accelerator, config)
         if self._is_main and not quiet and sys.stdout.isatty():
@@ -71,8 +72,9 @@ class Tracker:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-        if self._wandb and error is None:
-            self._accelerator.end_training()
+        if self._wandb:  # Accelerate's end_training would also end the process group
+            for tracker in self._accelerator.trackers:
+                tracker.finish()
 
     def say(self, text: str) -> None:
         """One line on the console, rank 0 only."""

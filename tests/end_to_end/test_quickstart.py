@@ -5,8 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from mbv3dist.config import load_config
 from mbv3dist.data.index import open_split
+from mbv3dist.recipe import load_config
 from mbv3dist.tools.quickstart import RECIPE, quickstart
 
 SMALL = {"num_train": 40, "num_val": 10, "num_test": 20}

@@ -15,6 +15,7 @@ from mbv3dist.models.directory import create_model
 from mbv3dist.models.loss import match_batch, multibox_loss
 from mbv3dist.ops.nms import postprocess
 
+WITH_GPU = {"CUDA_VISIBLE_DEVICES": "0"}  # the tests' processes see none unless asked
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
@@ -25,7 +26,7 @@ pytestmark = [
 @pytest.mark.parametrize("processes", [0, 1])  # 1: NCCL with a world of one
 def test_detector_trains(detection_recipe, tmp_path, precision, processes):
     flags = ["--out", tmp_path, "--mixed_precision", precision]
-    done = run_mbv3dist("train", detection_recipe, *flags, processes=processes)
+    done = run_mbv3dist("train", detection_recipe, *flags, processes=processes, env=WITH_GPU)
     assert done.returncode == 0, done.stderr
     assert f"on cuda, precision {precision}" in done.stdout
     text = (tmp_path / "tiny_detector" / "metrics.jsonl").read_text()
@@ -35,17 +36,18 @@ def test_detector_trains(detection_recipe, tmp_path, precision, processes):
 
 def test_compiled_classifier_trains(classification_recipe, tmp_path):
     flags = ["--out", tmp_path, "--compile", "true", "--mixed_precision", "bf16"]
-    done = run_mbv3dist("train", classification_recipe, *flags, timeout=600)
+    done = run_mbv3dist("train", classification_recipe, *flags, timeout=600, env=WITH_GPU)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "tiny_classifier" / "last" / "model.safetensors").is_file()
 
 
 def test_deterministic_resume_has_the_same_bits(detection_recipe, tmp_path):
     flags = ["--out", tmp_path, "--deterministic", "true"]
-    assert run_mbv3dist("train", detection_recipe, *flags, "--name", "whole").returncode == 0
+    whole = run_mbv3dist("train", detection_recipe, *flags, "--name", "whole", env=WITH_GPU)
+    assert whole.returncode == 0, whole.stderr
     words = ["train", detection_recipe, *flags, "--name", "killed", "--resume", "auto"]
-    kill_when(words, tmp_path / "killed" / "checkpoints" / "step-00000003")
-    again = run_mbv3dist(*words)
+    kill_when(words, tmp_path / "killed" / "checkpoints" / "step-00000003", env=WITH_GPU)
+    again = run_mbv3dist(*words, env=WITH_GPU)
     assert again.returncode == 0, again.stderr
 
     def digest(name: str) -> str:

@@ -36,6 +36,24 @@ def test_each_group_has_its_rate_and_vectors_have_no_decay(name):
     assert sum(moved) >= 5  # the convolution's bias before a BatchNorm has no gradient
 
 
+def test_a_skipped_first_step_leaves_momentum_clean_without_fusion():
+    """fp16's scaler skips a step that overflowed; torch's fused SGD then keeps garbage."""
+    _, parts = groups()
+    optimizer = build_optimizer(parts, OptimConfig(lr=0.1), fused=False)
+    assert not any(group["fused"] for group in optimizer.param_groups)
+    fused = build_optimizer(groups()[1], OptimConfig(lr=0.1))
+    assert all(group["fused"] for group in fused.param_groups)
+
+
+def test_freeze_bn_keeps_statistics_only():
+    model, _ = groups()
+    train_mode(model, freeze_bn=True)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model[1].weight.grad is not None
+
+
 def test_rate_zero_freezes_weights_and_statistics():
     model, parts = groups()
     optimizer = build_optimizer(parts, OptimConfig(base_lr=0.0))

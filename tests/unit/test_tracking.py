@@ -7,7 +7,13 @@ import signal
 import pytest
 import torch
 
-from mbv3dist.training.processes import StopRequest, check_devices, check_launch, on_main_process
+from mbv3dist.training.processes import (
+    StopRequest,
+    check_devices,
+    check_launch,
+    on_main_process,
+    step_seed,
+)
 from mbv3dist.training.tracking import Meter, drop_records_after, format_numbers
 
 
@@ -63,12 +69,23 @@ def test_more_processes_than_gpus():
 @pytest.mark.parametrize("number", StopRequest.signals)
 def test_a_stop_request_is_noted_and_handlers_come_back(number):
     before = signal.getsignal(number)
-    stop = StopRequest()
-    assert not stop.agreed()
-    os.kill(os.getpid(), number)
-    assert stop.agreed()
-    stop.close()
+    with StopRequest() as stop:
+        assert not stop.agreed()
+        os.kill(os.getpid(), number)
+        assert stop.agreed()
     assert signal.getsignal(number) is before
+
+
+def test_seeds_of_steps_differ_and_fit_torch():
+    seeds = {
+        step_seed(seed, step, rank)
+        for seed in (0, 1, 20_240_101, 2**63 - 1)
+        for step in (0, 1, 10**9)
+        for rank in (0, 1)
+    }
+    assert len(seeds) == 24
+    for seed in seeds:
+        torch.manual_seed(seed)
 
 
 def test_on_main_process_alone_is_a_plain_call():

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from mbv3dist.config import TrainConfig, config_help, config_to_dict, load_config
+from mbv3dist.config import TrainConfig
+from mbv3dist.recipe import config_help, config_to_dict, load_config
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 
