@@ -65,7 +65,8 @@ def test_a_request_to_stop_writes_a_checkpoint_and_resume_finishes(classificatio
         time.sleep(0.05)
     kill_tree(process, number=signal.SIGTERM)
     assert process.stdout is not None
-    assert "stopped on request" in process.stdout.read()
+    with process.stdout as output:
+        assert "stopped on request" in output.read()
     assert process.returncode == 0
     names = [p.name for p in (tmp_path / "runs" / "tiny_classifier" / "checkpoints").iterdir()]
     assert len(names) == 1
