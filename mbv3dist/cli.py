@@ -219,7 +219,9 @@ def _convert(args: argparse.Namespace) -> None:
             print(f"left out: {problem}")
         print(f"report: {split.report}")
     if report.reused:
-        print("nothing to do: made before from the same input and settings")
+        print(
+            "nothing to do: made before with these settings from files of the same names and sizes"
+        )
 
 
 def _inspect(args: argparse.Namespace) -> None:

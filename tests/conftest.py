@@ -9,6 +9,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+# Before torch is imported: two test workers with a thread per core each would only wait.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import numpy as np
 import psutil
 import pytest

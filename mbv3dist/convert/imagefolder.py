@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
+from mbv3dist.convert.publish import check_targets
 from mbv3dist.convert.records import (
     ConvertOptions,
     ConvertReport,
@@ -17,11 +18,11 @@ from mbv3dist.convert.records import (
     Settings,
     check_classes,
     check_folder,
-    is_picture,
     read_class_file,
     walk_files,
 )
 from mbv3dist.convert.run import convert_jobs, cut_validation
+from mbv3dist.data.formats import is_picture
 
 _SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test", "trainval"}
 
@@ -52,6 +53,7 @@ def convert_imagefolder(
     """
     checked = Options(split=split, **options)
     root = check_folder(src, out)
+    check_targets(Path(out), [root], checked)
     folders = _class_folders(root)
     if classes is not None:
         names = check_classes(classes, "--classes")
@@ -96,6 +98,10 @@ def _scan(root: Path, split: str, folders: Sequence[str], classes: Sequence[str]
     """List the pictures of all class folders in sorted order."""
     numbers = {name: number for number, name in enumerate(classes)}
     job = Job(split, [], counts=Counter())
+    for path in sorted(root.iterdir()):
+        if is_picture(path) and path.is_file() and not path.name.startswith("."):
+            reason = "lies beside the class folders, so it has no class"
+            job.problems.append(Problem(path.name, reason, "unknown_class"))
     for folder in folders:
         files = list(walk_files(root / folder))
         pictures = [name for name in files if is_picture(name)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mbv3dist.data.index import list_splits, open_split
+from mbv3dist.data.index import open_split, require_splits
 
 
 def inspect_dataset(out: str | Path) -> dict[str, Any]:
@@ -17,13 +17,7 @@ def inspect_dataset(out: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: if there is no finished split, or splits disagree on task or classes.
     """
-    names = list_splits(out)
-    if not names:
-        raise ValueError(
-            f"no finished split in {str(out)!r}; make one with "
-            "`mbv3dist convert voc|imagefolder SRC --out OUT --split NAME`"
-        )
-    splits = [open_split(out, name) for name in names]
+    splits = [open_split(out, name) for name in require_splits(out)]
     first = splits[0]
     for split in splits[1:]:
         if (split.task, split.classes) != (first.task, first.classes):

@@ -10,18 +10,13 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
+from mbv3dist.data.formats import PictureError
 
 if TYPE_CHECKING:
-    from PIL.Image import Image, Transpose
+    from PIL.Image import Image
 
 REENCODE_QUALITY = 95
 _FULL_CHROMA = 0  # Pillow's number for 4:4:4
-_ORIENTATION_TAG = 0x0112
-
-
-class PictureError(ValueError):
-    """A file that is no picture we can use; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +49,8 @@ def load_picture(data: bytes) -> Picture:
     """
     from PIL import Image, UnidentifiedImageError
 
+    from mbv3dist.data.decode import exif_orientation
+
     if not data:
         raise PictureError("the file is empty")
     try:
@@ -62,8 +59,7 @@ def load_picture(data: bytes) -> Picture:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
             image.load()
-            orientation = _orientation(image)
-            return _upright_rgb(image, orientation)
+            return _upright_rgb(image, exif_orientation(image))
     except (PictureError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -76,20 +72,13 @@ def load_picture(data: bytes) -> Picture:
         raise PictureError(f"damaged picture ({error})") from error
 
 
-def _orientation(image: Image) -> int:
-    try:
-        value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:
-        return 1  # damaged EXIF: viewers show the picture as it is stored
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
 def _upright_rgb(image: Image, orientation: int) -> Picture:
+    from mbv3dist.data.decode import to_rgb, upright
+
     stored_size, mode, form = image.size, image.mode, image.format or "unknown"
     is_jpeg = form in ("JPEG", "MPO")  # MPO: a JPEG with further pictures behind it, from cameras
     rgb, has_alpha = to_rgb(image)
-    if orientation > 1:
-        rgb = rgb.transpose(transposition(orientation))
+    rgb = upright(rgb, orientation)
     if not is_jpeg:
         kind = form.lower()
     elif orientation > 1:
@@ -101,42 +90,6 @@ def _upright_rgb(image: Image, orientation: int) -> Picture:
     else:
         kind = "jpeg"
     return Picture(rgb, kind == "jpeg", kind, orientation, stored_size, has_alpha)
-
-
-def transposition(orientation: int) -> Transpose:
-    """Return the operation that brings a picture of this EXIF orientation upright."""
-    from PIL.Image import Transpose
-
-    return {
-        2: Transpose.FLIP_LEFT_RIGHT,
-        3: Transpose.ROTATE_180,
-        4: Transpose.FLIP_TOP_BOTTOM,
-        5: Transpose.TRANSPOSE,
-        6: Transpose.ROTATE_270,
-        7: Transpose.TRANSVERSE,
-        8: Transpose.ROTATE_90,
-    }[orientation]
-
-
-def to_rgb(image: Image) -> tuple[Image, bool]:
-    """Return a picture of any mode as RGB, and whether alpha was laid on white.
-
-    Raises:
-        PictureError: for pixels of 32 bits, whose range is unknown.
-    """
-    from PIL import Image
-
-    if image.mode.startswith("I;16"):
-        # 65535 = 255 * 257, so this maps both ends exactly.
-        values = (np.asarray(image).astype(np.uint32) + 128) // 257
-        return Image.fromarray(values.astype(np.uint8)).convert("RGB"), False
-    if image.mode in ("I", "F"):
-        raise PictureError("pixels of 32 bits; save it with 8 bits per channel")
-    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB"), True
-    return image if image.mode == "RGB" else image.convert("RGB"), False
 
 
 def shrunk_size(size: tuple[int, int], shorter: int) -> tuple[int, int]:

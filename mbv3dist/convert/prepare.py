@@ -22,7 +22,6 @@ from typing import Any
 from mbv3dist.convert.pictures import (
     REENCODE_QUALITY,
     Picture,
-    PictureError,
     encode_jpeg,
     load_picture,
     rotate_box,
@@ -30,6 +29,7 @@ from mbv3dist.convert.pictures import (
     shrunk_size,
 )
 from mbv3dist.convert.records import Box, Problem, Record, Settings
+from mbv3dist.data.formats import PictureError
 
 Corners = tuple[float, float, float, float]
 

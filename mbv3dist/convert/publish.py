@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,84 @@ from typing import Any
 
 from mbv3dist.convert.records import ConversionError, Options, Problem, SplitReport
 from mbv3dist.convert.writer import sync_folder, write_file
-from mbv3dist.data.index import Split, format_key, list_splits, open_split
+from mbv3dist.data.index import Split, describes_split, format_key, list_splits, open_split
+
+# Shards, and what a killed worker left of one.
+_OUR_FILE = re.compile(r"\d{6}\.(tar|idx|crc)|\.?\d{6}\.(tar|idx|crc)\.\d+\.tmp")
+
+
+def part_path(out: Path, split: str) -> Path:
+    """Return where work in progress on a split lies."""
+    return out / f".{split}.part"
+
+
+def check_targets(out: Path, roots: Sequence[Path], options: Options) -> None:
+    """Check that no split would be written over the source folders or over others' files.
+
+    Raises:
+        ValueError: naming the folder or file that would be lost.
+    """
+    for name in ("val", options.split) if options.val_fraction else (options.split,):
+        target = (out / name).resolve()
+        for root in (root.resolve() for root in roots):
+            if _is_within(root, target) or _is_within(target, root):
+                raise ValueError(
+                    f"split {name!r} would be written to {str(target)!r} and the source is "
+                    f"{str(root)!r}: pictures would be lost; use another --split or --out"
+                )
+        if name not in (list_splits(out) if out.is_dir() else []):
+            check_replaceable(out, name)
+
+
+def _is_within(path: Path, folder: Path) -> bool:
+    """Return whether a resolved path is a folder or lies in it, also if names differ in case."""
+    if path.is_relative_to(folder):
+        return True
+    return folder.exists() and any(
+        parent.exists() and parent.samefile(folder) for parent in (path, *path.parents)
+    )
+
+
+def check_replaceable(out: Path, split: str) -> None:
+    """Check that a split's folder and ``SPLIT.json`` are ours, or not there.
+
+    Raises:
+        ValueError: naming what would be lost.
+    """
+    folder, description = out / split, out / f"{split}.json"
+    if description.exists() and not describes_split(description):
+        raise ValueError(
+            f"{str(description)!r} exists and is no split of mbv3dist; use another --split or --out"
+        )
+    started = description.exists() or part_path(out, split).is_dir()
+    foreign = _find_foreign(folder, started)
+    if foreign:
+        held = "" if foreign == folder.name else f" (it holds {foreign!r})"
+        what = "would be replaced" if description.exists() else "exists and is no split of mbv3dist"
+        raise ValueError(
+            f"{str(folder)!r} {what}{held}; use another --split or --out, or move that away"
+        )
+
+
+def _find_foreign(folder: Path, started: bool) -> str:
+    """Return the name of the folder or of something in it that convert did not make, or empty.
+
+    Args:
+        folder: Where a split will be written.
+        started: Whether convert has worked on that split before.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        return folder.name
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    for name in names:
+        if not _OUR_FILE.fullmatch(name) or (folder / name).is_dir():
+            return name
+        # Other tools number their tars too, but leave no checksums; a half removed split of ours
+        # may lack some.
+        checksums = f"{name.removesuffix('.tar')}.crc"
+        if name.endswith(".tar") and checksums not in names and not started:
+            return name
+    return ""
 
 
 def check_agreement(
@@ -65,6 +143,9 @@ def find_finished(
 ) -> dict[str, SplitReport] | None:
     """Return the reports if all splits are there from the same input and settings, else None.
 
+    The same input means the same files by name and size: bytes are not compared. A split that has
+    lost a file counts as not there.
+
     Raises:
         ValueError: if a split of that name was made from other input or settings.
         ConversionError: if it was made by skipping bad input that must not be skipped now.
@@ -73,30 +154,66 @@ def find_finished(
     if options.overwrite:
         return None
     reports = {}
+    replace = "replace it with --overwrite or use another --split or --out"
     for name, digest in zip(names, digests, strict=True):
         if name not in existing:
             continue
         description = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
-        report = _read_report(open_split(out, name))
-        if description.get("conversion") != digest or report is None:
+        split = open_split(out, name)
+        if description.get("conversion") != digest:
             raise ValueError(
                 f"split {name!r} exists in {str(out)!r}, made from other input or settings; "
-                "replace it with --overwrite or use another --split or --out"
+                f"{replace}"
             )
-        if report.problems and options.on_error == "fail":
-            raise ConversionError(report.problems, report.report.name)
-        reports[name] = report
+        report = _read_report(split)
+        if report is None:
+            raise ValueError(
+                f"split {name!r} exists in {str(out)!r}, but its {report_path(out, name).name} is "
+                f"missing or damaged; {replace}"
+            )
+        if _is_whole(split):
+            reports[name] = report
+    if options.on_error == "fail":
+        raise_problems({report.report: report.problems for report in reports.values()})
     # One of two splits may be missing after a kill: both are then made again, to the same bytes.
     return reports if len(reports) == len(names) else None
 
 
+def _is_whole(split: Split) -> bool:
+    """Return whether all files of a split are there, the tars in their size."""
+    for shard in split.shards:
+        path = shard.path
+        if not path.is_file() or path.stat().st_size != shard.num_bytes:
+            return False
+        if not all(path.with_suffix(suffix).is_file() for suffix in (".idx", ".crc")):
+            return False
+    return (split.root / f"{split.name}.sources.tsv").is_file()
+
+
+def raise_problems(problems: Mapping[Path, Sequence[Problem]]) -> None:
+    """Raise one error for the problems of all splits, if there are any.
+
+    Raises:
+        ConversionError: naming the problems and, of the report files that are the keys, those
+            that list them.
+    """
+    found = [problem for items in problems.values() for problem in items]
+    if found:
+        raise ConversionError(found, ", ".join(path.name for path, p in problems.items() if p))
+
+
 def report_path(out: Path, split: str) -> Path:
-    """Return where the report on a split lies."""
+    """Return where the report on a finished split lies."""
     return out / f"{split}.report.json"
 
 
+def failure_path(out: Path, split: str) -> Path:
+    """Return where the report on a failed attempt lies; the next that succeeds removes it."""
+    return out / f"{split}.failed.json"
+
+
 def write_report(
-    out: Path,
+    path: Path,
     split: str,
     status: str,
     problems: Sequence[Problem],
@@ -104,7 +221,7 @@ def write_report(
     num_samples: int,
     num_boxes: int,
 ) -> None:
-    """Write ``SPLIT.report.json``: status, counts and every problem with file and reason."""
+    """Write a report on a split: status, counts and every problem with file and reason."""
     value = {
         "split": split,
         "status": status,
@@ -115,7 +232,7 @@ def write_report(
             {"file": item.file, "reason": item.reason, "kind": item.kind} for item in problems
         ],
     }
-    write_file(report_path(out, split), _dump(value))
+    write_file(path, _dump(value))
 
 
 def _sorted(counts: Mapping[str, int]) -> dict[str, int]:
@@ -127,21 +244,23 @@ def _problem_counts(problems: Sequence[Problem]) -> dict[str, int]:
 
 
 def _read_report(split: Split) -> SplitReport | None:
+    """Return the report on a finished split, or None if it is missing or is none."""
     path = report_path(split.root, split.name)
-    if not path.is_file():
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+        if value["status"] != "finished":
+            return None
+        return SplitReport(
+            samples=len(split),
+            boxes=split.num_boxes,
+            shards=len(split.shards),
+            bytes=sum(shard.num_bytes for shard in split.shards),
+            counts=dict(value["counts"]),
+            problems=tuple(Problem(**item) for item in value["problems"]),
+            report=path,
+        )
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
-    value = json.loads(path.read_text(encoding="utf-8"))
-    if value["status"] != "finished":
-        return None
-    return SplitReport(
-        samples=len(split),
-        boxes=split.num_boxes,
-        shards=len(split.shards),
-        bytes=sum(shard.num_bytes for shard in split.shards),
-        counts=value["counts"],
-        problems=tuple(Problem(**item) for item in value["problems"]),
-        report=path,
-    )
 
 
 def publish(
@@ -169,7 +288,9 @@ def publish(
     lines = [f"{format_key(index)}\t{source}\n" for index, source in enumerate(sources)]
     write_file(out / f"{split}.sources.tsv", "".join(lines).encode("utf-8"))
     num_boxes = int(description["boxes"])
-    write_report(out, split, "finished", problems, counts, len(sources), num_boxes)
+    report = report_path(out, split)
+    write_report(report, split, "finished", problems, counts, len(sources), num_boxes)
+    failure_path(out, split).unlink(missing_ok=True)
     shardlist = [{"url": f"{split}/{number:06d}.tar", **row} for number, row in enumerate(shards)]
     value = {
         "__kind__": "wids-shard-index-v1",
@@ -190,7 +311,7 @@ def publish(
         bytes=sum(row["filesize"] for row in shards),
         counts={**_sorted(counts), **_problem_counts(problems)},
         problems=tuple(problems),
-        report=report_path(out, split),
+        report=report,
     )
 
 

@@ -10,19 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
-# In order of preference, should a picture lie there in several formats.
-PICTURE_SUFFIXES = (
-    ".jpg",
-    ".jpeg",
-    ".jpe",
-    ".jfif",
-    ".png",
-    ".webp",
-    ".bmp",
-    ".gif",
-    ".tif",
-    ".tiff",
-)
 DEFAULT_SHARD_BYTES = 128 * 1024 * 1024
 _CURE = "mend these files, or leave them out with --on-error skip"
 
@@ -69,7 +56,12 @@ class Problem:
 
 
 class ConversionError(ValueError):
-    """Bad input; the message names every problem on a line of its own, then the cure."""
+    """Bad input; the message names every problem on a line of its own, then the cure.
+
+    Attributes:
+        problems: All of them.
+        report: Names of the files in the data set's folder that list them.
+    """
 
     def __init__(self, problems: Sequence[Problem], report: str) -> None:
         noun = "problem" if len(problems) == 1 else "problems"
@@ -129,7 +121,9 @@ class Options:
         workers: Processes; None for one per core. The result does not depend on it. A script
             that asks for several needs the usual ``if __name__ == "__main__":``.
         shard_bytes: Size in bytes that a shard is kept near.
-        overwrite: Replace finished splits of the same name.
+        overwrite: Replace finished splits of the same name. Without it, a split made from the
+            same input and settings is kept; "same input" means the same files by name and size,
+            their bytes are not read again.
         progress: Called with (done, total) as work goes on.
     """
 
@@ -214,7 +208,8 @@ class ConvertReport:
         task: ``detection`` or ``classification``.
         classes: Class names, numbered from 0.
         splits: A ``SplitReport`` for each split written.
-        reused: Whether everything was there already, made from the same input and settings.
+        reused: Whether everything was there already, made from the same input (files of the
+            same names and sizes) and settings.
     """
 
     out: Path
@@ -280,11 +275,6 @@ def check_folder(path: str | Path, out: str | Path) -> Path:
             f"--out {str(out)!r} lies inside the source {str(path)!r}; put it elsewhere"
         )
     return folder
-
-
-def is_picture(name: str) -> bool:
-    """Return whether a file name ends like a picture's, in any case."""
-    return os.path.splitext(name)[1].lower() in PICTURE_SUFFIXES
 
 
 def walk_files(folder: Path) -> Iterator[str]:

@@ -24,13 +24,15 @@ import numpy as np
 from mbv3dist.convert.prepare import prepare_chunk
 from mbv3dist.convert.publish import (
     check_agreement,
+    check_replaceable,
+    failure_path,
     find_finished,
+    part_path,
     publish,
-    report_path,
+    raise_problems,
     write_report,
 )
 from mbv3dist.convert.records import (
-    ConversionError,
     ConvertReport,
     Job,
     Options,
@@ -93,22 +95,27 @@ def convert_jobs(
     digests = [_digests(common, job) for job in jobs]
     finished = find_finished(out, names, [pair[0] for pair in digests], options)
     if finished is not None:
+        for name in names:
+            failure_path(out, name).unlink(missing_ok=True)
         return ConvertReport(out, settings.task, tuple(classes), finished, reused=True)
-    parts = [out / f".{name}.part" for name in names]
+    for name in names:
+        check_replaceable(out, name)
+    parts = [part_path(out, name) for name in names]
     description = {
         "task": settings.task,
         "classes": list(classes),
         "source": list(roots),
         "seed": options.seed,
     }
-    try:
-        with _locked(parts):
+    with _locked(parts):
+        try:
             splits = _convert(out, jobs, parts, digests, settings, options, description)
-    except (ConversionError, OSError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if full or isinstance(error, ConversionError):
-            _remove(parts)
-        raise
+        except (ValueError, OSError) as error:
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            if full or isinstance(error, ValueError):
+                for part in parts:
+                    shutil.rmtree(part, ignore_errors=True)
+            raise
     return ConvertReport(out, settings.task, tuple(classes), splits, reused=False)
 
 
@@ -149,6 +156,9 @@ def cut_validation(job: Job, options: Options) -> list[Job]:
 
     The cut is made by class where records have one, else at random; both sides keep the order of
     the records. A class of two or more has samples on both sides.
+
+    Raises:
+        ValueError: if that leaves nothing for ``val``.
     """
     if not options.val_fraction:
         return [job]
@@ -161,6 +171,12 @@ def cut_validation(job: Job, options: Options) -> list[Job]:
         count = int(len(members) * options.val_fraction + 0.5)
         count = min(max(count, 1), len(members) - 1)
         chosen[members[np.argsort(words[members], kind="stable")[:count]]] = True
+    # With bad input in the source, that is what is said, later.
+    if records and not chosen.any() and not job.problems:
+        raise ValueError(
+            f"--val-fraction {options.val_fraction:g} leaves none of {len(records)} pictures for "
+            "'val': a class needs two to give one; add pictures or leave --val-fraction out"
+        )
     validation = [record for record, val in zip(records, chosen, strict=True) if val]
     job.records = [record for record, val in zip(records, chosen, strict=True) if not val]
     return [job, Job("val", validation)]
@@ -237,11 +253,6 @@ def _open_part(part: Path, state: str) -> None:
     (part / "shards").mkdir(exist_ok=True)
 
 
-def _remove(parts: Sequence[Path]) -> None:
-    for part in parts:
-        shutil.rmtree(part, ignore_errors=True)
-
-
 def _prepare(
     job: Job,
     part: Path,
@@ -298,14 +309,16 @@ def _prepare(
 
 def _check_problems(out: Path, prepared: Sequence[_Prepared], on_error: str) -> None:
     """Raise if there is bad input that must not be skipped, or a split would be empty."""
-    problems = [problem for item in prepared for problem in item.problems]
-    if problems and on_error == "fail":
-        for item in prepared:
-            write_report(out, item.job.split, "failed", item.problems, item.counts, 0, 0)
-        raise ConversionError(problems, report_path(out, prepared[0].job.split).name)
+    reports = {failure_path(out, item.job.split): item.problems for item in prepared}
+    if on_error == "fail":
+        for item, path in zip(prepared, reports, strict=True):
+            if item.problems:
+                write_report(path, item.job.split, "failed", item.problems, item.counts, 0, 0)
+            else:
+                path.unlink(missing_ok=True)
+        raise_problems(reports)
     for item in prepared:
         if not item.entries:
-            _remove([other.part for other in prepared])
             raise ValueError(
                 f"split {item.job.split!r} has no usable sample ({len(item.problems)} problems in "
                 "the input); check the source folder"

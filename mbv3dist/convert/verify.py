@@ -9,7 +9,7 @@ import hashlib
 import json
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -24,10 +24,10 @@ from mbv3dist.data.index import (
     Shard,
     Split,
     format_key,
-    list_splits,
     open_split,
+    require_splits,
 )
-from mbv3dist.data.reader import parse_target
+from mbv3dist.data.reader import class_problem, parse_target
 
 _READ_BYTES = 1 << 20
 
@@ -43,12 +43,18 @@ class _TarDamageError(ValueError):
     """Where walking a tar had to stop, and why."""
 
 
-def verify_dataset(out: str | Path, splits: Sequence[str] | None = None) -> dict[str, Any]:
+def verify_dataset(
+    out: str | Path,
+    splits: Sequence[str] | None = None,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
     """Check sizes, SHA-256, index, CRC, tar structure, targets and picture headers.
 
     Args:
         out: Folder of the data set.
         splits: Names of the splits to check; all by default.
+        progress: Called with (shards checked, shards) after each shard.
 
     Returns:
         {ok: bool, samples: number of samples read, problems: [str]}; a problem names the shard
@@ -57,13 +63,9 @@ def verify_dataset(out: str | Path, splits: Sequence[str] | None = None) -> dict
     Raises:
         ValueError: if there is no such split.
     """
-    names = list_splits(out) if splits is None else list(splits)
-    if not names:
-        raise ValueError(
-            f"no finished split in {str(out)!r}; make one with "
-            "`mbv3dist convert voc|imagefolder SRC --out OUT --split NAME`"
-        )
+    names = list(splits) if splits else require_splits(out)
     opened = [open_split(out, name) for name in names]
+    num_shards, num_done = sum(len(split.shards) for split in opened), 0
     problems: list[str] = []
     num_samples = 0
     for split in opened:
@@ -77,6 +79,9 @@ def verify_dataset(out: str | Path, splits: Sequence[str] | None = None) -> dict
             samples, boxes = _verify_shard(split, number, sources, problems)
             num_samples += samples
             num_boxes += boxes
+            num_done += 1
+            if progress is not None:
+                progress(num_done, num_shards)
         if num_boxes != split.num_boxes:
             problems.append(
                 f"{split.name}.json: says {split.num_boxes} boxes, the shards hold {num_boxes}"
@@ -229,9 +234,9 @@ def _check_sample(
     except ValueError as error:
         problems.append(f"{where}: {error}")
         return 0
-    labels = parsed.labels if split.task == "detection" else np.array([parsed.label])
-    if np.any(labels < 0) or np.any(labels >= len(split.classes)):
-        problems.append(f"{where}: a class number outside 0 to {len(split.classes) - 1}")
+    reason = class_problem(parsed, len(split.classes))
+    if reason:
+        problems.append(f"{where}: {reason}")
     if split.task == "detection":
         if size is not None and size != (parsed.width, parsed.height):
             problems.append(

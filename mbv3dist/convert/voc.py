@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
+from mbv3dist.convert.publish import check_targets
 from mbv3dist.convert.records import (
     Box,
     ConvertOptions,
@@ -63,6 +64,7 @@ def convert_voc(
     if object_crops and task != "classification":
         raise ValueError("object crops are for classification; add --task classification")
     folders = _check_roots(roots, out)
+    check_targets(Path(out), folders, checked)
     names = _root_names(folders)
     prefixes = [f"{name}/" if len(folders) > 1 else "" for name in names]
     opened = [open_root(folder, prefix) for folder, prefix in zip(folders, prefixes, strict=True)]
@@ -135,13 +137,12 @@ def _scan(roots: Sequence[VocRoot], split: str, classes: Sequence[str]) -> Job:
     for root in roots:
         ids, listed = choose_ids(root, split)
         job.counts["repeated_list_lines"] += len(ids) - len(set(ids))
-        wanted = set(ids)
-        for key in sorted(wanted):
-            _add_record(job, root, key, numbers)
+        used: dict[str, str] = {}
+        for key in sorted(set(ids)):
+            _add_record(job, root, key, numbers, used)
         if not listed:
-            used = {record.path for record in job.records}
             job.counts["pictures_without_annotation"] += sum(
-                str(root.folder / name) not in used for name in root.picture_names
+                name not in used for name in root.picture_names
             )
     if not job.records and not job.problems:
         raise ValueError(
@@ -150,8 +151,10 @@ def _scan(roots: Sequence[VocRoot], split: str, classes: Sequence[str]) -> Job:
     return job
 
 
-def _add_record(job: Job, root: VocRoot, key: str, numbers: dict[str, int]) -> None:
-    """Add the record of one id, or the problem with it."""
+def _add_record(
+    job: Job, root: VocRoot, key: str, numbers: dict[str, int], used: dict[str, str]
+) -> None:
+    """Add the record of one id, or the problem with it; `used` has each picture's XML so far."""
     annotation = root.annotations.get(key)
     file = root.prefix + root.annotation_name(key)
     if annotation is None:
@@ -174,6 +177,11 @@ def _add_record(job: Job, root: VocRoot, key: str, numbers: dict[str, int]) -> N
         reason = f"no picture of that name (<filename> is {annotation.filename!r})"
         job.problems.append(Problem(file, reason, "missing_file"))
         return
+    if picture in used:
+        reason = f"<filename> names {root.prefix + picture}, the picture of {used[picture]} already"
+        job.problems.append(Problem(file, reason, "missing_file"))
+        return
+    used[picture] = file
     if Path(picture).name != annotation.filename:
         job.counts["filename_differs"] += 1
     job.records.append(

@@ -8,8 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mbv3dist.convert.records import PICTURE_SUFFIXES, is_picture, walk_files
+from mbv3dist.convert.records import walk_files
 from mbv3dist.convert.voc_xml import Annotation, AnnotationError, parse_annotation
+from mbv3dist.data.formats import PICTURE_SUFFIXES, is_picture
 
 _PICTURE_FOLDERS = ("JPEGImages", "images", "Images")
 _LIST_COLUMN = ("1", "-1", "0")
@@ -118,7 +119,7 @@ def find_picture(root: VocRoot, key: str, filename: str) -> str | None:
     """Return the picture of an annotation, relative to the root, or None.
 
     The XML's own name decides; <filename> chooses between several, or serves where none has
-    that name.
+    that name, unless it names the picture of another XML, as copies and renamed files do.
     """
     candidates = root.pictures.get(key, [])
     for name in candidates:
@@ -130,6 +131,8 @@ def find_picture(root: VocRoot, key: str, filename: str) -> str | None:
         return None
     subfolder = key[: key.rfind("/") + 1]
     stem = filename.rpartition(".")[0] if is_picture(filename) else filename
+    if subfolder + stem in root.annotations:
+        return None
     candidates = root.pictures.get(subfolder + stem, [])
     exact = [name for name in candidates if name.rpartition("/")[2] == filename]
     return next(iter(exact or candidates), None)

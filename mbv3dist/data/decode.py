@@ -14,6 +14,7 @@ import io
 import numpy as np
 from PIL import ExifTags, Image, JpegImagePlugin
 
+from mbv3dist.data.formats import PictureError
 from mbv3dist.data.views import View
 
 # Pillow itself warns from 89 megapixels on and refuses twice that; here the limit is the refusal.
@@ -48,13 +49,14 @@ class Picture:
 
     def __init__(self, data: bytes | memoryview):
         self._image = _open(data)
-        self._orientation = _orientation(self._image)
         self.width, self.height = self._image.size
         if self.width * self.height > MAX_PIXELS:
             raise ValueError(
                 f"{self.width} x {self.height} pixels are more than the limit of {MAX_PIXELS}; "
                 "make the picture smaller"
             )
+        # Only now: the orientation of a PNG may stand behind its pixels.
+        self._orientation = exif_orientation(self._image)
         if self._orientation in _SWAPS_SIDES:
             self.width, self.height = self.height, self.width
 
@@ -66,12 +68,10 @@ class Picture:
         """
         try:
             self._image.load()
-            image = self._image if self._image.mode == "RGB" else _to_rgb(self._image)
+            image = to_rgb(self._image)[0]
         except _DAMAGE as error:
             raise ValueError(f"picture cannot be decoded: {error}") from error
-        if self._orientation in _UPRIGHT:
-            image = image.transpose(_UPRIGHT[self._orientation])
-        return image
+        return upright(image, self._orientation)
 
     def draw(
         self, view: View, out: np.ndarray, *, fill: tuple[int, int, int] = DEFAULT_FILL
@@ -96,43 +96,6 @@ class Picture:
         out[y0:y1, x0:x1] = np.asarray(patch)
 
 
-def decode_view(
-    data: bytes | memoryview,
-    view: View,
-    out: np.ndarray,
-    *,
-    fill: tuple[int, int, int] = DEFAULT_FILL,
-) -> tuple[int, int]:
-    """Decode a picture and draw its view onto a canvas.
-
-    Args:
-        data: The file's bytes.
-        view: Which part goes where.
-        out: uint8 [H, W, 3], the canvas; every pixel is written.
-        fill: RGB of the canvas outside of the picture.
-
-    Returns:
-        Height and width of the upright picture in pixels.
-
-    Raises:
-        ValueError: When the picture cannot be decoded, with the reason.
-    """
-    picture = Picture(data)
-    picture.draw(view, out, fill=fill)
-    return picture.height, picture.width
-
-
-def picture_size(data: bytes | memoryview) -> tuple[int, int]:
-    """Return height and width of the upright picture from its header alone."""
-    picture = Picture(data)
-    return picture.height, picture.width
-
-
-def decode_picture(data: bytes | memoryview) -> np.ndarray:
-    """Return the whole upright picture, uint8 [H, W, 3]."""
-    return np.array(Picture(data).image())
-
-
 def _open(data: bytes | memoryview) -> Image.Image:
     """Parse the header. `Image.open` would do, but it warns about large pictures from any thread.
 
@@ -153,20 +116,40 @@ def _open(data: bytes | memoryview) -> Image.Image:
     raise ValueError(f"not a picture in one of the formats {', '.join(FORMATS)}")
 
 
-def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) when there is none; damaged EXIF counts as none."""
-    if image.format == "JPEG" and "exif" not in image.info:
+def exif_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 (upright) when there is none or EXIF is damaged."""
+    # A JPEG without these has none, and Pillow would parse for long to find that out. Of a TIFF,
+    # Pillow gives size and pixels upright already.
+    if image.format == "TIFF" or (
+        image.format == "JPEG" and not {"exif", "xmp"} & image.info.keys()
+    ):
         return 1
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except _DAMAGE:
-        return 1
+        value = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:
+        return 1  # Pillow raises nearly anything; viewers show the picture as it is stored
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB; transparency is laid on white, as convert does."""
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+def upright(image: Image.Image, orientation: int) -> Image.Image:
+    """Return a picture of this EXIF orientation (1 to 8) upright."""
+    return image.transpose(_UPRIGHT[orientation]) if orientation > 1 else image
+
+
+def to_rgb(image: Image.Image) -> tuple[Image.Image, bool]:
+    """Return a picture of any mode as RGB, and whether alpha was laid on white.
+
+    Raises:
+        PictureError: For pixels of 32 bits, whose range is unknown.
+    """
+    if image.mode.startswith("I;16"):
+        # 65535 = 255 * 257, so this maps both ends exactly.
+        values = (np.asarray(image).astype(np.uint32) + 128) // 257
+        return Image.fromarray(values.astype(np.uint8)).convert("RGB"), False
+    if image.mode in ("I", "F"):
+        raise PictureError("pixels of 32 bits; save it with 8 bits per channel")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, rgba).convert("RGB")
-    return image.convert("RGB")
+        return Image.alpha_composite(white, rgba).convert("RGB"), True
+    return image if image.mode == "RGB" else image.convert("RGB"), False

@@ -21,7 +21,8 @@ TASKS = ("detection", "classification")
 TARGET_EXTENSIONS = {"detection": "json", "classification": "cls"}
 KEY_DIGITS = 9
 INDEX_VERSION = "v1.2"
-_REPORT_SUFFIX = ".report.json"
+_REPORT_SUFFIXES = (".report.json", ".failed.json")
+_CURE = "make one with `mbv3dist convert voc|imagefolder SRC --out OUT --split NAME`"
 
 
 class DamagedShardError(ValueError):
@@ -188,17 +189,39 @@ def list_splits(data: str | Path) -> list[str]:
     """
     root = Path(data)
     if not root.is_dir():
-        raise ValueError(
-            f"no data set folder {str(root)!r}; make one with "
-            "`mbv3dist convert voc|imagefolder SRC --out OUT --split NAME`"
-        )
+        raise ValueError(f"no data set folder {str(root)!r}; {_CURE}")
     names = []
     for path in sorted(root.glob("*.json")):
-        if path.name.startswith(".") or path.name.endswith(_REPORT_SUFFIX):
+        if path.name.startswith(".") or path.name.endswith(_REPORT_SUFFIXES):
             continue
-        if (root / path.stem).is_dir():
+        if (root / path.stem).is_dir() and describes_split(path):
             names.append(path.stem)
     return names
+
+
+def require_splits(data: str | Path) -> list[str]:
+    """Return what ``list_splits`` does.
+
+    Raises:
+        ValueError: if the folder does not exist or has no finished split.
+    """
+    names = list_splits(data)
+    if not names:
+        raise ValueError(f"no finished split in {str(data)!r}; {_CURE}")
+    return names
+
+
+def describes_split(path: Path) -> bool:
+    """Return whether a JSON file is a split's description, or a damaged one, not another's file."""
+    if not path.is_file():
+        return False
+    data = path.read_bytes()
+    try:
+        value = json.loads(data)
+    except ValueError:
+        # Cut off or zeroed by a crash: whoever opens the split names it. JSON lines are others'.
+        return b"wids" in data or not data.strip(b"\0\n ")
+    return isinstance(value, dict) and "wids_version" in value
 
 
 def open_split(data: str | Path, split: str) -> Split:
@@ -212,13 +235,8 @@ def open_split(data: str | Path, split: str) -> Split:
         ValueError: if there is no such split or its ``SPLIT.json`` is not one of ours.
     """
     root = Path(data)
-    names = list_splits(root)
+    names = require_splits(root)
     if split not in names:
-        if not names:
-            raise ValueError(
-                f"no finished split in {str(root)!r}; make one with "
-                "`mbv3dist convert voc|imagefolder SRC --out OUT --split NAME`"
-            )
         raise ValueError(
             f"no split {split!r} in {str(root)!r}; it has {', '.join(names)}: name one of these "
             "or convert the missing one"
@@ -227,7 +245,7 @@ def open_split(data: str | Path, split: str) -> Split:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
         return _build_split(root, split, description)
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(
             f"{path} is not a split description of mbv3dist ({type(error).__name__}: {error}); "
             "copy the data set again or convert again with --overwrite"
@@ -236,22 +254,22 @@ def open_split(data: str | Path, split: str) -> Split:
 
 def _build_split(root: Path, name: str, description: dict[str, Any]) -> Split:
     if description["wids_version"] != 1:
-        raise ValueError(f"{name}.json: wids_version is {description['wids_version']!r}, not 1")
+        raise ValueError(f"wids_version is {description['wids_version']!r}, not 1")
     task = description["task"]
     if task not in TASKS:
-        raise ValueError(f"{name}.json: task is {task!r}, not one of {', '.join(TASKS)}")
+        raise ValueError(f"task is {task!r}, not one of {', '.join(TASKS)}")
     shards = []
     for entry in description["shardlist"]:
         url = entry["url"]
         parts = PurePosixPath(url).parts
         if ":" in url or "\\" in url or ".." in parts or parts[:1] == ("/",):
-            raise ValueError(f"{name}.json: shard {url!r} is not a relative path in the data set")
+            raise ValueError(f"shard {url!r} is not a relative path in the data set")
         shards.append(
             Shard(
                 path=root / url,
                 url=url,
-                num_samples=int(entry["nsamples"]),
-                num_bytes=int(entry["filesize"]),
+                num_samples=_count(entry, "nsamples"),
+                num_bytes=_count(entry, "filesize"),
                 sha256=str(entry["sha256"]),
             )
         )
@@ -262,9 +280,16 @@ def _build_split(root: Path, name: str, description: dict[str, Any]) -> Split:
         task=task,
         classes=classes,
         shards=tuple(shards),
-        num_boxes=int(description["boxes"]),
+        num_boxes=_count(description, "boxes"),
         fingerprint=_fingerprint(task, classes, shards),
     )
+
+
+def _count(row: dict[str, Any], key: str) -> int:
+    value = row[key]
+    if not isinstance(value, int) or value < 0:
+        raise ValueError(f"{key} is {value!r}, not a count")
+    return value
 
 
 def _fingerprint(task: str, classes: tuple[str, ...], shards: list[Shard]) -> str:

@@ -222,8 +222,8 @@ class _Drawing:
         parts = self._parts[work.number]
         data, target_data = self.reader.read(index)
         try:
-            target = parse_target(target_data, self.split.task)
-            _check_classes(target, len(self.split.classes))
+            num_classes = len(self.split.classes)
+            target = parse_target(target_data, self.split.task, num_classes=num_classes)
             picture = Picture(data)
             _check_size(target, picture)
         except ValueError as error:
@@ -302,13 +302,6 @@ def _pad_objects(
             count = len(item[0])
             boxes[place, :count], labels[place, :count], difficult[place, :count] = item
     return boxes, labels, difficult
-
-
-def _check_classes(target: Target, num_classes: int) -> None:
-    """Refuse class numbers outside the list: on a GPU they would end in a device assert."""
-    labels = target.labels.tolist() or [target.label]
-    if max(labels) >= num_classes or min(target.labels.tolist(), default=0) < 0:
-        raise ValueError(f"class number {max(labels)} for {num_classes} classes")
 
 
 def _check_size(target: Target, picture: Picture) -> None:

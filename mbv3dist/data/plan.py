@@ -12,7 +12,8 @@ P ranks, B shards in a block.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -23,6 +24,13 @@ from mbv3dist.data import draws
 MAX_DEFAULT_LANES = 64
 TAILS = ("carry", "drop")
 _Value = TypeVar("_Value")
+# Named in messages: recipes and `mbv3dist plan` call the same numbers differently.
+_FLAGS = {
+    "global_batch_size": "--data.global_batch_size, or --global-batch of plan",
+    "block_shards": "--data.block_shards, or --block-shards of plan",
+    "lanes": "--data.lanes, or --lanes of plan",
+    "tail": "--data.tail, or --tail of plan",
+}
 
 
 @dataclass(frozen=True)
@@ -54,10 +62,9 @@ class Plan:
         global_batch_size: G, samples in a step over all ranks and accumulation steps.
         epochs: Passes over the data set.
         seed: Decides every permutation.
-        lanes: C, a divisor of G. Default: the largest one not above 64; 1 without shuffling.
+        lanes: C, a divisor of G. Default: the largest one not above 64.
         block_shards: B, shards whose samples a lane mixes with each other.
         tail: "carry" lets batches straddle epochs; "drop" leaves each epoch's remainder out.
-        shuffle: False reads every lane in pack order (the whole data set, with one lane).
 
     Raises:
         ValueError: For values outside their limits, naming the flag.
@@ -75,7 +82,6 @@ class Plan:
         lanes: int | None = None,
         block_shards: int = 4,
         tail: str = "carry",
-        shuffle: bool = True,
     ):
         self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
         assert self.shard_sizes.ndim == 1
@@ -86,7 +92,6 @@ class Plan:
         self.seed = int(seed)
         self.block_shards = int(block_shards)
         self.tail = tail
-        self.shuffle = bool(shuffle)
         self._check_numbers()
         self.lanes = self._choose_lanes(lanes)
         self.lane_size = self.global_batch_size // self.lanes
@@ -109,32 +114,31 @@ class Plan:
         for name in ("global_batch_size", "block_shards"):
             value = getattr(self, name)
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}; set --data.{name}")
+                words = name.replace("_", " ")
+                raise ValueError(f"{words} must be at least 1, got {value} ({_FLAGS[name]})")
         if self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}; set --epochs")
         if self.tail not in TAILS:
-            raise ValueError(f"tail must be carry or drop, got {self.tail!r}; set --data.tail")
+            raise ValueError(f"tail must be carry or drop, got {self.tail!r} ({_FLAGS['tail']})")
         draws.check_seed(self.seed)
         if self.num_samples == 0:
             raise ValueError("the split holds no samples, so there is nothing to plan; convert one")
         if self.tail == "drop" and self.num_samples < self.global_batch_size:
             raise ValueError(
                 f"tail=drop leaves nothing of {self.num_samples} samples at global batch size "
-                f"{self.global_batch_size}; set --data.tail carry, or --data.global_batch_size to "
-                f"{self.num_samples} or less"
+                f"{self.global_batch_size}; choose tail=carry ({_FLAGS['tail']}) or a global batch "
+                f"size of {self.num_samples} or less ({_FLAGS['global_batch_size']})"
             )
 
     def _choose_lanes(self, lanes: int | None) -> int:
         batch = self.global_batch_size
         if lanes is None:
-            if not self.shuffle:
-                return 1
             return max(n for n in range(1, min(batch, MAX_DEFAULT_LANES) + 1) if batch % n == 0)
         if lanes < 1 or batch % lanes:
             near = _nearest_divisors(batch, max(lanes, 1))
             raise ValueError(
                 f"lanes must divide the global batch size {batch}, got {lanes}; "
-                f"set --data.lanes to {_one_of(near)}"
+                f"choose {_one_of(near)} ({_FLAGS['lanes']})"
             )
         return int(lanes)
 
@@ -153,7 +157,7 @@ class Plan:
         if accumulation_steps > 1:
             shared += f" x {accumulation_steps} accumulation steps"
         batches = [n for n in (batch // parts * parts, (batch // parts + 1) * parts) if n > 0]
-        cure = f"set --data.global_batch_size to {_one_of(batches)}"
+        cure = f"choose a global batch size of {_one_of(batches)} ({_FLAGS['global_batch_size']})"
         if batch % accumulation_steps == 0:
             worlds = _nearest_divisors(batch // accumulation_steps, world_size)
             cure += f", or start {_one_of(worlds)} processes"
@@ -230,12 +234,9 @@ class Plan:
 
     def _make_layout(self, epoch: int) -> _EpochLayout:
         num_shards = len(self.shard_sizes)
-        if self.shuffle:
-            order = draws.permutation(
-                num_shards, seed=self.seed, purpose=draws.SHARD_ORDER, epoch=epoch
-            )
-        else:
-            order = np.arange(num_shards)
+        order = draws.permutation(
+            num_shards, seed=self.seed, purpose=draws.SHARD_ORDER, epoch=epoch
+        )
         shard_starts = np.concatenate(([0], np.cumsum(self.shard_sizes[order])))
         start, end = self._epoch_start(epoch), self._epoch_start(epoch + 1)
         counts = [self._count(end, c) - self._count(start, c) for c in range(self.lanes)]
@@ -263,19 +264,13 @@ class Plan:
             parts.append(samples[max(low - base, 0) : max(high - base, 0)])
         indices = np.concatenate(parts)
         assert len(indices) == high - low
-        if self.shuffle:
-            key = {"epoch": epoch, "major": lane, "minor": block}
-            order = draws.permutation(
-                len(indices), seed=self.seed, purpose=draws.WITHIN_BLOCK, **key
-            )
-            indices = indices[order]
-        return low, indices
+        key = {"epoch": epoch, "major": lane, "minor": block}
+        order = draws.permutation(len(indices), seed=self.seed, purpose=draws.WITHIN_BLOCK, **key)
+        return low, indices[order]
 
     def _shard_samples(self, epoch: int, shard: int) -> np.ndarray:
         """Return a shard's pack indices in this epoch's order, so that a cut takes any of them."""
         first, size = int(self._shard_first[shard]), int(self.shard_sizes[shard])
-        if not self.shuffle:
-            return np.arange(first, first + size)
         samples = self._shards.get((epoch, shard))
         if samples is None:
             order = draws.permutation(
@@ -291,13 +286,6 @@ class Plan:
             return step // int(self.steps_per_epoch)
         return min(step * self.global_batch_size // self.num_samples, self.epochs)
 
-    def epoch_end_steps(self) -> list[int]:
-        """Return, for each epoch, how many steps are done when it is complete."""
-        if self.tail == "drop":
-            return [(e + 1) * int(self.steps_per_epoch) for e in range(self.epochs)]
-        batch = self.global_batch_size
-        return [-(-(e + 1) * self.num_samples // batch) for e in range(self.epochs)]
-
     def epochs_done(self, step: int) -> float:
         """Return the passes made after `step` steps, as a fraction: what schedules count in."""
         return min(step / self.steps_per_epoch, float(self.epochs))
@@ -311,20 +299,9 @@ class Plan:
             "lanes": self.lanes,
             "block_shards": self.block_shards,
             "tail": self.tail,
-            "shuffle": self.shuffle,
             "num_samples": self.num_samples,
             "num_shards": len(self.shard_sizes),
         }
-
-    def check_state(self, state: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the difference, unless a saved state means this very order."""
-        for name, ours in self.state().items():
-            if name in state and state[name] != ours:
-                raise ValueError(
-                    f"the saved run has {name} {state[name]!r}, this one has {ours!r}: the order "
-                    f"of samples would change in mid-run; set it to {state[name]!r}, or start a "
-                    "new run"
-                )
 
 
 def evaluation_range(num_samples: int, *, rank: int, world_size: int) -> range:
@@ -357,7 +334,6 @@ def plan_summary(plan: Plan, *, world_size: int = 1) -> dict[str, Any]:
         "left_out_per_epoch": plan.num_samples - epoch_length,
         "overrun": plan.num_steps * plan.global_batch_size - plan.epochs * epoch_length,
         "seed": plan.seed,
-        "shuffle": plan.shuffle,
         "plan_version": plan.version,
     }
 
@@ -388,7 +364,8 @@ def _store(cache: dict[Any, _Value], key: Any, value: _Value, *, limit: int) -> 
 
 def _nearest_divisors(number: int, wanted: int) -> list[int]:
     """Return the divisors of `number` next to `wanted`, the smaller first."""
-    divisors = [n for n in range(1, number + 1) if number % n == 0]
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    divisors = sorted({*small, *(number // n for n in small)})
     below = [n for n in divisors if n <= wanted]
     above = [n for n in divisors if n > wanted]
     return below[-1:] + above[:1]

@@ -117,8 +117,8 @@ class Reader:
     def target(self, index: int) -> Target:
         """Return a sample's parsed target; errors as in ``read``."""
         try:
-            target = parse_target(self.read(index)[1], self.split.task)
-            _check_labels(target, len(self.split.classes), self.split.task)
+            data = self.read(index)[1]
+            target = parse_target(data, self.split.task, num_classes=len(self.split.classes))
         except DamagedShardError:
             raise
         except ValueError as error:
@@ -259,29 +259,51 @@ def _read_checksums(path: Path, num_samples: int) -> np.ndarray:
     return np.frombuffer(data, dtype="<u4")
 
 
-def parse_target(data: bytes | memoryview, task: str) -> Target:
+def parse_target(data: bytes | memoryview, task: str, *, num_classes: int | None = None) -> Target:
     """Parse the bytes of a ``.cls`` or ``.json`` member.
 
     Args:
         data: The member's bytes.
         task: ``classification`` (a class number in ASCII) or ``detection`` (JSON).
+        num_classes: Classes there are; class numbers outside are refused, because on a GPU they
+            would end in a device assert. None: any number is taken.
 
     Raises:
         ValueError: with the reason, if the bytes are no such target.
     """
     assert task in TARGET_EXTENSIONS
-    if task == "classification":
-        text = bytes(data)
-        if not text.isdigit():
-            raise ValueError(f"its .cls member is {text[:20]!r}, not a class number")
-        return Target(
-            label=int(text),
-            boxes=np.zeros((0, 4), np.float32),
-            labels=np.zeros(0, np.int64),
-            difficult=np.zeros(0, np.bool_),
-            width=0,
-            height=0,
-        )
+    target = _parse_class(data) if task == "classification" else _parse_boxes(data)
+    if num_classes is not None:
+        reason = class_problem(target, num_classes)
+        if reason:
+            raise ValueError(reason)
+    return target
+
+
+def class_problem(target: Target, num_classes: int) -> str:
+    """Return which class number of a target is outside 0 to num_classes - 1, or empty."""
+    numbers = target.labels.tolist() if target.label < 0 else [target.label]
+    if not numbers or (min(numbers) >= 0 and max(numbers) < num_classes):
+        return ""
+    wrong = next(number for number in numbers if not 0 <= number < num_classes)
+    return f"class number {wrong} for {num_classes} classes"
+
+
+def _parse_class(data: bytes | memoryview) -> Target:
+    text = bytes(data)
+    if not text.isdigit():
+        raise ValueError(f"its .cls member is {text[:20]!r}, not a class number")
+    return Target(
+        label=int(text),
+        boxes=np.zeros((0, 4), np.float32),
+        labels=np.zeros(0, np.int64),
+        difficult=np.zeros(0, np.bool_),
+        width=0,
+        height=0,
+    )
+
+
+def _parse_boxes(data: bytes | memoryview) -> Target:
     try:
         value: dict[str, Any] = json.loads(bytes(data))
         boxes = np.array(value["boxes"], dtype=np.float32).reshape(-1, 4)
@@ -295,9 +317,3 @@ def parse_target(data: bytes | memoryview, task: str) -> Target:
     if width < 1 or height < 1 or not np.all(np.isfinite(boxes)):
         raise ValueError("its .json member has an impossible size or box")
     return Target(-1, boxes, labels, difficult, width, height)
-
-
-def _check_labels(target: Target, num_classes: int, task: str) -> None:
-    labels = target.labels if task == "detection" else np.array([target.label])
-    if np.any(labels < 0) or np.any(labels >= num_classes):
-        raise ValueError(f"class number {int(labels.max())} for {num_classes} classes")

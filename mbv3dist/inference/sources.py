@@ -4,7 +4,7 @@ import glob
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-EXTENSIONS = frozenset((".jpg", ".jpeg", ".jpe", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"))
+from mbv3dist.data.formats import PICTURE_SUFFIXES, is_picture
 
 
 def find_pictures(sources: Sequence[str | Path], *, out: Path) -> list[Path]:
@@ -34,8 +34,8 @@ def find_pictures(sources: Sequence[str | Path], *, out: Path) -> list[Path]:
             matches = _pictures_among(map(Path, glob.glob(str(source), recursive=True)))
         if not matches:
             what = "no picture in this folder" if path.is_dir() else "no such picture or folder"
-            extensions = " ".join(sorted(EXTENSIONS))
-            raise ValueError(f"{source}: {what}; give pictures ({extensions}), a folder or a glob")
+            suffixes = " ".join(sorted(PICTURE_SUFFIXES))
+            raise ValueError(f"{source}: {what}; give pictures ({suffixes}), a folder or a glob")
         for match in matches:
             found.setdefault(match.resolve(), match)
     for resolved, path in found.items():
@@ -66,5 +66,5 @@ def _pictures_among(paths: Iterable[Path]) -> list[Path]:
     return sorted(
         path
         for path in paths
-        if path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
+        if is_picture(path) and not path.name.startswith(".") and path.is_file()
     )

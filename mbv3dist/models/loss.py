@@ -107,18 +107,6 @@ def match_batch(
     return Targets(labels=targets, deltas=deltas, weight=weight, num_positives=num_positives)
 
 
-def count_positives(
-    anchors: Tensor,
-    boxes: Tensor,
-    labels: Tensor,
-    *,
-    size: tuple[int, int],
-    weight: Tensor | None = None,
-) -> Tensor:
-    """Weighted number of positive anchors, 0-d float32: `match_batch(...).num_positives`."""
-    return match_batch(anchors, boxes, labels, size=size, weight=weight).num_positives
-
-
 def multibox_loss(
     class_logits: Tensor,
     box_deltas: Tensor,

@@ -4,6 +4,7 @@ The figures are made without pyplot: no window, no global state, safe in threads
 """
 
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,11 +78,11 @@ def plot_training(
     if not train and not val:
         raise ValueError(f"{out}: there is nothing to plot yet; no metrics were recorded")
     panels: list[Callable[[Axes], None]] = [lambda axes: _plot_losses(axes, train, val)]
-    if any(record.get(name) is not None for record in val for name in _METRICS):
+    if any(_series(val, name)[0] for name in _METRICS):
         panels.append(lambda axes: _plot_scores(axes, val))
-    if any("lr" in record for record in train):
+    if _series(train, "lr")[0]:
         panels.append(lambda axes: _plot_lr(axes, train))
-    if any("images_per_s" in record for record in train):
+    if _series(train, "images_per_s")[0]:
         panels.append(lambda axes: _plot_speed(axes, train))
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
@@ -198,12 +199,13 @@ def _plot_speed(axes: "Axes", train: Records) -> None:
 
 
 def _series(records: Records, name: str) -> tuple[list[float], list[float]]:
-    """Epochs and values of the records that have this figure."""
+    """Epochs and values of the records that have this figure; inf and NaN are left out."""
     points = [
         (float(record.get("epoch", record["step"])), float(record[name]))
         for record in records
         if record.get(name) is not None
     ]
+    points = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
     return [x for x, _ in points], [y for _, y in points]
 
 

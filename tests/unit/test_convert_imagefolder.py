@@ -7,8 +7,9 @@ import pytest
 from PIL import Image
 
 from mbv3dist.convert.imagefolder import convert_imagefolder
-from mbv3dist.convert.pictures import PictureError, load_picture
+from mbv3dist.convert.pictures import load_picture
 from mbv3dist.convert.records import ConversionError, read_class_file
+from mbv3dist.data.formats import PictureError
 from mbv3dist.data.index import open_split
 
 
@@ -121,6 +122,90 @@ def test_validation_is_cut_by_class(tmp_path):
     assert sorted(name[0] for name in val) == ["a", "b", "b", "c"]
     assert len(train) + len(val) == 33 and not set(train) & set(val)
     assert report.splits["val"].samples == 4
+
+
+def test_a_cut_that_leaves_nothing_is_refused(tmp_path):
+    for label in "abc":
+        add(tmp_path / f"src/{label}/1.jpg")
+    with pytest.raises(ValueError, match=r"--val-fraction 0.5 leaves none of 3 pictures for 'val'"):
+        convert(tmp_path / "src", tmp_path / "out", val_fraction=0.5)
+    assert not (tmp_path / "out").exists()
+
+
+def test_pictures_without_a_class_are_problems(tmp_path):
+    src = tmp_path / "src"
+    add(src / "a/1.jpg")
+    add(src / "loose.PNG", format="PNG")
+    add(src / ".hidden.jpg")
+    (src / "labels.txt").write_text("a\n")
+    reason = r"  loose.PNG: lies beside the class folders, so it has no class"
+    with pytest.raises(ConversionError, match=reason) as caught:
+        convert(src, tmp_path / "out")
+    assert len(caught.value.problems) == 1
+    report = convert(src, tmp_path / "out", on_error="skip").splits["train"]
+    assert (report.samples, report.counts["problems_unknown_class"]) == (1, 1)
+
+
+def pixels(folder):
+    return {str(path): path.read_bytes() for path in folder.rglob("*.*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"overwrite": True}, {"split": "new", "val_fraction": 0.5}]
+)
+def test_the_source_and_other_folders_are_never_overwritten(tmp_path, options):
+    data = tmp_path / "data"
+    for split in ("train", "val"):
+        for number in range(2):
+            add(data / split / f"cat/{number}.jpg")
+    (tmp_path / "link").symlink_to(data)
+    before = pixels(data)
+    # The split that is written is the source, holds it, or is a folder of other pictures.
+    for src, out in (
+        (data / "train", data),
+        (data / "train", tmp_path / "link"),
+        (data / "val", data),
+        (data / "train/../train", data),
+    ):
+        with pytest.raises(ValueError, match="use another --split or --out"):
+            convert(src, out, **options)
+    with pytest.raises(ValueError, match="pictures would be lost"):
+        convert(data / "train", tmp_path, split="data", overwrite=True)
+    assert pixels(data) == before
+    assert sorted(path.name for path in data.iterdir()) == ["train", "val"]
+
+
+def test_what_stands_in_the_place_of_a_split(tmp_path):
+    src, out = tmp_path / "src", tmp_path / "out"
+    add(src / "cat/1.jpg")
+    (out / "train").mkdir(parents=True)
+    for text in ('{"annotations": []}', '{"a": 1}\n{"a": 2}\n'):  # COCO, JSON lines
+        (out / "train.json").write_text(text)
+        with pytest.raises(ValueError, match=r"train.json' exists and is no split of mbv3dist"):
+            convert(src, out, overwrite=True)
+        assert (out / "train.json").read_text() == text
+    (out / "train.json").unlink()
+    for name in ("notes.txt", "000000.tar", "000000.tar.txt"):  # a tar of ours has its .crc
+        (out / "train" / name).write_text("mine")
+        with pytest.raises(ValueError, match="exists and is no split of mbv3dist") as caught:
+            convert(src, out)
+        assert repr(name) in str(caught.value)
+        assert (out / "train" / name).read_text() == "mine"
+        (out / "train" / name).unlink()
+    convert(src, out)
+    whole = (out / "train.json").read_text()
+    for damaged in ("", whole[:50]):
+        (out / "train.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"train.json is not a split description"):
+            convert(src, out)
+        convert(src, out, overwrite=True)
+        assert (out / "train.json").read_text() == whole
+    # Later, something of the user's got into a finished split.
+    (out / "train/notes.txt").write_text("mine")
+    assert convert(src, out).reused
+    with pytest.raises(ValueError, match=r"would be replaced \(it holds 'notes.txt'\)"):
+        convert(src, out, overwrite=True)
+    assert (out / "train/notes.txt").is_file() and (out / "train/000000.tar").is_file()
 
 
 def test_class_lists(tmp_path):

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mbv3dist.convert.pictures import rotate_box, transposition
+from mbv3dist.convert.pictures import rotate_box
 from mbv3dist.convert.records import ConversionError
 from mbv3dist.convert.voc import convert_voc
 from mbv3dist.convert.voc_xml import AnnotationError, parse_annotation
+from mbv3dist.data.decode import upright
 from mbv3dist.data.index import list_splits, open_split
 
 WHOLE = "<size><width>40</width><height>30</height><depth>3</depth></size>"
@@ -85,6 +86,36 @@ def test_labelimg_as_it_is(tmp_path):
     assert counts["reencoded_png"] == 1
 
 
+def test_no_picture_is_used_twice(tmp_path):
+    root, out = tmp_path / "voc", tmp_path / "out"
+    add(root, "a", obj((2, 2, 9, 9)))
+    add(root, "b", obj((5, 5, 20, 20)), filename="a.jpg")  # a copy: its <filename> is stale
+    add(root, "c", obj((2, 2, 9, 9)), filename="third.jpg")
+    add(root, "d", obj((5, 5, 20, 20)), filename="third.jpg")
+    (root / "JPEGImages/b.jpg").unlink()
+    (root / "JPEGImages/d.jpg").unlink()
+    (root / "JPEGImages/c.jpg").rename(root / "JPEGImages/third.jpg")
+    with pytest.raises(ConversionError) as caught:
+        convert(root, out)
+    first, second = map(str, caught.value.problems)
+    assert first == "Annotations/b.xml: no picture of that name (<filename> is 'a.jpg')"
+    assert second.startswith("Annotations/d.xml: <filename> names JPEGImages/third.jpg, the ")
+    assert "Annotations/c.xml" in second
+    convert(root, out, on_error="skip")
+    found = samples(out, "train")
+    assert set(found) == {"JPEGImages/a.jpg", "JPEGImages/third.jpg"}
+    assert found["JPEGImages/a.jpg"]["json"]["boxes"] == [[1, 1, 9, 9]]
+
+
+def test_the_source_is_never_overwritten(tmp_path):
+    add(tmp_path / "data/VOC2007", "a", obj((2, 2, 9, 9)))
+    for split in ("VOC2007", "data"):
+        out = tmp_path / "data" if split == "VOC2007" else tmp_path
+        with pytest.raises(ValueError, match="pictures would be lost; use another --split"):
+            convert(tmp_path / "data/VOC2007", out, split=split, overwrite=True)
+    assert (tmp_path / "data/VOC2007/JPEGImages/a.jpg").is_file()
+
+
 def test_all_problems_are_named_and_nothing_is_left(tmp_path):
     root, out = tmp_path / "voc", tmp_path / "out"
     add(root, "good", obj((2, 2, 9, 9)), obj((5, 5, 9, 9)))
@@ -106,12 +137,13 @@ def test_all_problems_are_named_and_nothing_is_left(tmp_path):
     assert "gone.xml" in message and "xml.xml" in message and "text.xml: object 2" in message
     assert message.splitlines()[-1].endswith("--on-error skip")
     assert len(caught.value.problems) == 8
-    assert [path.name for path in out.iterdir()] == ["train.report.json"]
+    assert [path.name for path in out.iterdir()] == ["train.failed.json"]
 
     report = convert(root, out, on_error="skip").splits["train"]
     assert (report.samples, report.boxes) == (4, 3)
     assert len(report.problems) == 8
     assert json.loads((out / "train.report.json").read_text())["status"] == "finished"
+    assert not (out / "train.failed.json").exists()
     with pytest.raises(ConversionError):
         convert(root, out)
 
@@ -196,8 +228,7 @@ def test_resize_scales_boxes(tmp_path):
 def test_box_follows_the_picture_upright(orientation):
     stored = np.zeros((30, 40), np.uint8)
     stored[5:12, 3:21] = 255
-    upright = np.asarray(Image.fromarray(stored).transpose(transposition(orientation)))
-    rows, columns = np.nonzero(upright)
+    rows, columns = np.nonzero(np.asarray(upright(Image.fromarray(stored), orientation)))
     expected = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
     assert rotate_box((3, 5, 21, 12), orientation, (40, 30)) == expected
 

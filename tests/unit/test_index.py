@@ -100,6 +100,9 @@ def test_inspect(data):
         {"task": "poetry"},
         {"classes": None},
         {"shardlist": [{"url": "train/000000.tar"}]},
+        {"shardlist": [{"url": "x.tar", "nsamples": "a", "filesize": 1, "sha256": ""}]},
+        {"shardlist": [{"url": "x.tar", "nsamples": -1, "filesize": 1, "sha256": ""}]},
+        {"boxes": "many"},
         {"shardlist": [{"url": "../x.tar", "nsamples": 1, "filesize": 1, "sha256": ""}]},
         {"shardlist": [{"url": "pipe:cat x", "nsamples": 1, "filesize": 1, "sha256": ""}]},
         {"shardlist": [{"url": "/x.tar", "nsamples": 1, "filesize": 1, "sha256": ""}]},
@@ -109,6 +112,18 @@ def test_broken_descriptions_are_errors(data, change):
     path = data / "train.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(ValueError, match=r"train.json"):
+        open_split(data, "train")
+
+
+def test_json_files_of_others_are_no_splits(data):
+    for name in ("notes", "train.failed", "train.report"):
+        (data / name).mkdir()
+        (data / f"{name}.json").write_text('{"mine": 1}')
+    (data / "list.json").write_text("[]")
+    assert list_splits(data) == ["train"]
+    assert inspect_dataset(data)["splits"].keys() == {"train"}
+    (data / "train.json").write_text('{"wids_ver')
+    with pytest.raises(ValueError, match=r"train.json is not a split description"):
         open_split(data, "train")
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from mbv3dist.data.formats import PICTURE_SUFFIXES
 from mbv3dist.data.index import open_split
 from mbv3dist.data.reader import Reader
 from mbv3dist.evaluation.detection import DetectionEvaluator
@@ -235,6 +236,9 @@ def test_globs_folders_and_files(pictures, tmp_path):
     assert names(f"{pictures}/**/*.jp*g") == ["a/one.jpg", "b/deep/One.jpeg", "b/one.jpg"]
     assert names(f"{pictures}/*/one.jpg") == ["a/one.jpg", "b/one.jpg"]
     assert names(pictures / "b" / "one.jpg", pictures) == ["b/one.jpg", *everything[:3]]
+    for suffix in PICTURE_SUFFIXES:  # what convert takes, predict takes
+        (pictures / "b" / f"all{suffix}").write_bytes(b"")
+    assert len(names(f"{pictures}/b/all*")) == len(PICTURE_SUFFIXES)
     odd = pictures / "a" / "[x].jpg"
     noise().save(odd)
     assert names(str(odd)) == ["a/[x].jpg"]

@@ -78,12 +78,19 @@ def test_detection_targets():
     for change in wrong:
         with pytest.raises(ValueError, match=r"its .json member"):
             parse_target(json.dumps({**value, **change}).encode(), "detection")
+    assert parse_target(json.dumps(value).encode(), "detection", num_classes=5).labels == [4]
+    for labels, wrong in (([4], 4), ([-1], -1)):
+        data = json.dumps({**value, "labels": labels}).encode()
+        with pytest.raises(ValueError, match=f"class number {wrong} for 4 classes"):
+            parse_target(data, "detection", num_classes=4)
     for data in (b"{", b"[]", b"\xff"):
         with pytest.raises(ValueError, match=r"its .json member"):
             parse_target(data, "detection")
     for data in (b"", b"-1", b"x", b"1.0"):
         with pytest.raises(ValueError, match=r"its .cls member"):
             parse_target(data, "classification")
+    with pytest.raises(ValueError, match="class number 3 for 3 classes"):
+        parse_target(b"3", "classification", num_classes=3)
 
 
 def flip(path, offset, value=0xFF):

@@ -52,6 +52,9 @@ def test_a_whole_data_set(original):
     assert verify_dataset(original, ["train"])["ok"]
     with pytest.raises(ValueError, match="no split 'test'"):
         verify_dataset(original, ["test"])
+    shards, seen = len(open_split(original, "train").shards), []
+    verify_dataset(original, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(number, shards) for number in range(1, shards + 1)] and shards > 1
     with pytest.raises(ValueError, match="no finished split"):
         verify_dataset(original / "train")
 
@@ -85,7 +88,7 @@ def test_targets_are_checked_and_named(data):
     for old, new, reason in (
         (b"[[1,2,9,11]", b"[[9,2,9,11]", "no area"),
         (b"[[9,2,9,11]", b"[[1,2,9,21]", "reaches outside"),
-        (b'"labels":[0', b'"labels":[7', "class number outside"),
+        (b'"labels":[0', b'"labels":[7', "class number 7 for 1 classes"),
         (b'"width":16', b'"width":15', "the picture is 16x20"),
         (b'{"width"', b'{"weird"', "is no target"),
     ):

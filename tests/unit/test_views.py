@@ -14,7 +14,7 @@ from torchvision.ops import box_iou
 from torchvision.transforms import v2
 
 from mbv3dist.config import ViewConfig
-from mbv3dist.data.decode import decode_view
+from mbv3dist.data.decode import Picture
 from mbv3dist.data.draws import COLOR, Draws, permutation
 from mbv3dist.data.views import (
     View,
@@ -59,7 +59,7 @@ def png(image):
 
 def render(image, view, size, fill=(0, 0, 0)):
     out = np.full((size, size, 3), 77, np.uint8)
-    decode_view(png(image), view, out, fill=fill)
+    Picture(png(image)).draw(view, out, fill=fill)
     return out
 
 

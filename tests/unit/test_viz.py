@@ -162,6 +162,13 @@ def test_training_plot_from_file(tmp_path):
         assert len(colours) > 10
 
 
+def test_training_plot_of_a_run_that_blew_up(tmp_path):
+    broken = {"loss": float("inf"), "lr": float("nan"), "images_per_s": float("nan")}
+    bad = [{**r, **broken, "map": float("nan")} for r in records()]
+    for rows in (records()[:5] + bad, bad):
+        assert plot_training(rows, tmp_path / "bad.png").stat().st_size > 1000
+
+
 def test_training_plot_with_little(tmp_path):
     train = {"kind": "train", "step": 1, "epoch": 0.1, "loss": 1.0}
     plot_training([train], tmp_path / "one.png")

@@ -4,6 +4,7 @@ import errno
 import filecmp
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,10 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mbv3dist.convert import run, writer
+from mbv3dist.convert import publish, run, writer
 from mbv3dist.convert.imagefolder import convert_imagefolder
+from mbv3dist.convert.records import ConversionError
 from mbv3dist.convert.verify import verify_dataset
-from mbv3dist.data.index import open_split
+from mbv3dist.data.index import list_splits, open_split
 
 NUM_PICTURES = 150  # more than two chunks of 64
 
@@ -109,6 +111,103 @@ def test_same_again_is_nothing_to_do_and_another_is_refused(source, whole):
     with pytest.raises(ValueError, match="other input or settings; replace it with --overwrite"):
         convert(source, whole, seed=5)
     assert tree(whole) == before
+
+
+@pytest.mark.parametrize("name", ["000001.tar", "000000.idx", "000001.crc", "sources"])
+def test_a_split_that_lost_a_file_is_made_again(source, whole, tmp_path, name):
+    shutil.copytree(whole, tmp_path / "out")
+    out = tmp_path / "out"
+    (out / "train.sources.tsv" if name == "sources" else out / "train" / name).unlink()
+    assert not convert(source, out).reused
+    assert tree(out) == tree(whole)
+    (out / "train/000001.tar").write_bytes(b"cut")
+    assert not convert(source, out).reused
+    assert tree(out) == tree(whole)
+
+
+def test_a_failed_overwrite_leaves_the_split_and_its_report(source, whole, tmp_path):
+    out, broken = tmp_path / "out", tmp_path / "src"
+    shutil.copytree(whole, out)
+    shutil.copytree(source, broken)
+    for path in sorted(broken.rglob("*.jpg"))[::7]:  # in both splits
+        path.write_bytes(path.read_bytes()[:-80])
+    with pytest.raises(ConversionError) as caught:
+        convert(broken, out, overwrite=True)
+    first = str(caught.value).splitlines()[0]
+    assert first.endswith("(listed in train.failed.json, val.failed.json):")
+    listed = [
+        item["file"]
+        for name in ("train", "val")
+        for item in json.loads((out / f"{name}.failed.json").read_text())["problems"]
+    ]
+    assert listed == [problem.file for problem in caught.value.problems]
+    kept = {name: data for name, data in tree(out).items() if not name.endswith(".failed.json")}
+    assert kept == tree(whole)
+    assert list_splits(out) == ["train", "val"] and verify_dataset(out)["ok"]
+    assert convert(source, out).reused
+    assert tree(out) == tree(whole)
+
+
+def test_only_splits_with_problems_are_named(source, tmp_path):
+    broken = tmp_path / "src"
+    shutil.copytree(source, broken)
+    convert(source, tmp_path / "whole")
+    name = open_split(tmp_path / "whole", "val").source(0)
+    (broken / name).write_bytes(b"")
+    with pytest.raises(ConversionError, match=r"listed in val.failed.json\)"):
+        convert(broken, tmp_path / "out")
+    assert list(tree(tmp_path / "out")) == ["val.failed.json"]
+    convert(source, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out/val.failed.json").exists()
+
+
+def test_a_lost_report_is_not_called_other_input(source, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "out")
+    for text in (None, "{", '{"status": "failed"}', "[]"):
+        path = tmp_path / "out/train.report.json"
+        path.unlink() if text is None else path.write_text(text)
+        with pytest.raises(ValueError, match=r"its train.report.json is missing or damaged"):
+            convert(source, tmp_path / "out")
+
+
+def test_goes_on_with_a_half_published_split(source, whole, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        """Like SIGKILL."""
+
+    def kill(*args):
+        raise Killed
+
+    shutil.copytree(whole, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "write_report", kill)
+        with pytest.raises(Killed):
+            convert(source, tmp_path / "out", overwrite=True)
+    assert not (tmp_path / "out/train.json").exists()
+    (tmp_path / "out/train/000000.crc").unlink()  # a half removed folder
+    convert(source, tmp_path / "out")
+    assert tree(tmp_path / "out") == tree(whole)
+
+
+def test_work_in_progress_is_removed_under_its_lock(tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+    (tmp_path / "src/a").mkdir(parents=True)
+    (tmp_path / "src/a/1.jpg").write_text("no picture")
+    removed = []
+
+    def remove(path, **options):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            with pytest.raises(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        finally:
+            os.close(handle)
+        removed.append(path.name)
+
+    monkeypatch.setattr(run.shutil, "rmtree", remove)
+    for options in ({}, {"on_error": "skip"}):
+        with pytest.raises(ValueError, match="problem"):
+            convert(tmp_path / "src", tmp_path / "out", val_fraction=0.0, **options)
+    assert removed == [".train.part"] * 2
 
 
 def test_overwrite(source, whole, tmp_path):
