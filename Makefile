@@ -25,10 +25,10 @@ quickstart: $(STAMP)
 	$(BIN)/python -m mbv3dist quickstart
 
 test: lint
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-fast: $(STAMP)
-	$(BIN)/python -m pytest -n 2 -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
