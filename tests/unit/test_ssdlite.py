@@ -49,10 +49,12 @@ def test_parameters_of_the_published_model() -> None:
     assert "anchors" not in model.state_dict()
 
 
-def test_initial_weights_are_torchvisions() -> None:
+def test_initial_weights_of_extras_and_heads_are_torchvisions() -> None:
     torch.manual_seed(0)
     model = SSDLite("small", num_classes=3)
-    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    parts = (model.extras, model.class_heads, model.box_heads)
+    layers = [layer for part in parts for layer in part.modules()]
+    convolutions = [layer for layer in layers if isinstance(layer, torch.nn.Conv2d)]
     weights = torch.cat([m.weight.flatten() for m in convolutions])
     assert weights.std().item() == pytest.approx(0.03, rel=0.01)
     assert all(m.bias is None or m.bias.abs().max() == 0 for m in convolutions)
