@@ -11,7 +11,7 @@ export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export TMPDIR := $(CURDIR)/.cache/tmp
 _ := $(shell mkdir -p .cache/tmp)
 
-.PHONY: setup quickstart test test-fast lint format gpu-bundle gpu clean
+.PHONY: setup quickstart test test-fast lint format gpu-bundle gpu bench-peers clean
 
 setup: $(STAMP)
 
@@ -53,5 +53,15 @@ gpu:
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target .gpu/site .gpu/wheels/*.whl
 	PYTHONPATH=.gpu/site:. $(PYTHON) -m pytest -m gpu
 
+# The systems that benchmarks/ measures beside ours, in an environment of their own (5 GB).
+PEERS := .venv-peers
+
+bench-peers: $(PEERS)/.installed
+
+$(PEERS)/.installed: benchmarks/requirements-peers.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .cache *.egg-info
+	rm -rf $(PEERS) $(VENV) .cache *.egg-info

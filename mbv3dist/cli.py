@@ -148,7 +148,7 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         help="classification: a sample per object, cut out; else the largest object is the label",
     )
     for kind in (imagefolder, voc):
-        kind.add_argument("--out", required=True, help="folder of the data set")
+        kind.add_argument("--out", required=True, help="folder of the data set, or URL")
         kind.add_argument("--split", required=True, help="name of the split")
         kind.add_argument("--classes", help="file with one class name per line")
         kind.add_argument("--val-fraction", type=float, default=0.0, help="share cut off as `val`")
@@ -158,12 +158,23 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--on-error", choices=["fail", "skip"], default="fail")
         kind.add_argument("--overwrite", action="store_true", help="replace an existing split")
         kind.add_argument("--workers", type=_positive, help="processes; default: all cores")
+        kind.add_argument("--shard-mb", type=_positive, default=128, help="MiB in a shard, about")
+        kind.add_argument("--part", metavar="I/N", help="do only the I-th of N parts, from 1")
+        kind.add_argument("--work", metavar="DIR", help="local folder for an --out URL")
+        kind.add_argument("--keep-local", action="store_true", help="keep what --work holds")
 
 
 def _add_plan(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("data", help="data set made by convert")
-    parser.add_argument("--split", required=True)
-    parser.add_argument("--world-size", type=_positive, default=1)
+    parser.add_argument("data", nargs="*", help="data set made by convert; several are joined")
+    parser.add_argument("--split", help="of the data sets")
+    parser.add_argument("--samples", type=_positive, help="imagine so many, without a data set")
+    parser.add_argument("--shard-samples", type=_positive, default=1000, help="of --samples")
+    parser.add_argument("--sample-bytes", type=_positive, default=110_000, help="of --samples")
+    parser.add_argument("--weights", type=float, nargs="+", default=(), help="one per data set")
+    parser.add_argument("--balance-classes", action="store_true")
+    parser.add_argument("--world-size", type=_positive, default=1, help="ranks")
+    parser.add_argument("--ranks-per-node", type=_positive, help="default: 8, or what divides")
+    parser.add_argument("--cache-gb", type=float, default=64.0, help="of a node, for remote shards")
     parser.add_argument("--global-batch", type=_positive, required=True)
     parser.add_argument("--epochs", type=_positive, default=1)
     parser.add_argument("--seed", type=int, default=0)
@@ -182,7 +193,8 @@ def _print_json(value: Any) -> None:
 
 def _convert(args: argparse.Namespace) -> None:
     from mbv3dist.convert.imagefolder import convert_imagefolder
-    from mbv3dist.convert.records import read_class_file
+    from mbv3dist.convert.records import parse_part, read_class_file
+    from mbv3dist.convert.summary import summary_lines
     from mbv3dist.convert.voc import convert_voc
 
     options = {
@@ -194,7 +206,11 @@ def _convert(args: argparse.Namespace) -> None:
         "quality": args.quality,
         "on_error": args.on_error,
         "workers": args.workers,
+        "shard_bytes": args.shard_mb * 2**20,
         "overwrite": args.overwrite,
+        "part": parse_part(args.part) if args.part is not None else None,
+        "work": args.work,
+        "keep_local": args.keep_local,
     }
     with _progress("converting") as progress:
         if args.kind == "imagefolder":
@@ -208,20 +224,8 @@ def _convert(args: argparse.Namespace) -> None:
                 progress=progress,
                 **options,
             )
-    for name, split in report.splits.items():
-        notes = [f"{count} {what}" for what, count in split.counts.items() if count]
-        boxes = f", {split.boxes} boxes" if report.task == "detection" else ""
-        print(
-            f"{args.out}/{name}: {split.samples} samples{boxes}, {split.shards} shard(s), "
-            f"{split.bytes / 1e6:.1f} MB" + (f"; {', '.join(notes)}" if notes else "")
-        )
-        for problem in split.problems:
-            print(f"left out: {problem}")
-        print(f"report: {split.report}")
-    if report.reused:
-        print(
-            "nothing to do: made before with these settings from files of the same names and sizes"
-        )
+    for line in summary_lines(report, args.out):
+        print(line)
 
 
 def _inspect(args: argparse.Namespace) -> None:
@@ -258,46 +262,9 @@ def _verify(args: argparse.Namespace) -> None:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    from mbv3dist.data.index import open_split
-    from mbv3dist.data.plan import Plan, plan_lines, plan_summary
+    from mbv3dist.tools.planning import print_plan
 
-    split = open_split(args.data, args.split)
-    plan = Plan(
-        [shard.num_samples for shard in split.shards],
-        global_batch_size=args.global_batch,
-        epochs=args.epochs,
-        seed=args.seed,
-        lanes=args.lanes,
-        block_shards=args.block_shards,
-        tail=args.tail,
-    )
-    plan.check_world(args.world_size)
-    if args.steps and not args.keys:
-        raise ValueError("--steps chooses lines of --keys; give both")
-    first, last = _step_range(args.steps, plan.num_steps)
-    if args.keys:
-        for line in plan_lines(plan, world_size=args.world_size, steps=range(first, last)):
-            sys.stdout.write(line + "\n")
-        return
-    summary = plan_summary(plan, world_size=args.world_size)
-    if args.json:
-        _print_json(summary)
-    else:
-        for name, value in summary.items():
-            print(f"{name.replace('_', ' ')}: {value}")
-
-
-def _step_range(text: str | None, num_steps: int) -> tuple[int, int]:
-    if text is None:
-        return 0, num_steps
-    first, separator, last = text.partition(":")
-    try:
-        span = int(first or 0), int(last or num_steps) if separator else int(first) + 1
-    except ValueError:
-        raise ValueError(f"--steps {text}: expected A:B, two step numbers") from None
-    if not 0 <= span[0] <= span[1] <= num_steps:
-        raise ValueError(f"--steps {text}: expected 0 <= A <= B <= {num_steps}, the run's steps")
-    return span
+    print_plan(args)
 
 
 def _train(args: argparse.Namespace) -> None:

@@ -63,9 +63,16 @@ class ViewConfig:
 class DataConfig:
     """Which data set is read, and in what batches."""
 
-    path: str = opt("", "data set made by `mbv3dist convert`")
+    path: tuple[str, ...] = opt(
+        (), "data set made by `mbv3dist convert`, folder or URL; several are read as one"
+    )
     train_split: str = opt("train", "split to train on")
     val_split: str = opt("", "split to validate on; empty = no validation")
+    val_path: tuple[str, ...] = opt((), "data set to validate on; default: that of path")
+    weights: tuple[float, ...] = opt(
+        (), "times that each data set of path is read in an epoch; default: once", low=0
+    )
+    balance_classes: bool = opt(False, "read pictures of every class equally often")
     global_batch_size: int = opt(32, "samples per optimiser step over all ranks", low=1)
     lanes: int | None = opt(
         None, "lanes of the plan; default: largest divisor of the batch <= 64", low=1
@@ -74,7 +81,15 @@ class DataConfig:
     tail: Literal["carry", "drop"] = opt("carry", "carry batches over epochs, or drop the rest")
     num_threads: int = opt(2, "decoding threads per rank", low=1)
     prefetch: int = opt(3, "batches decoded ahead per rank", low=1)
-    verify: Literal["open", "always"] = opt("open", "always: checksum every sample when read")
+    verify: Literal["open", "first", "always"] = opt(
+        "first", "checksums of samples: never, in the run's first epoch, or at every read"
+    )
+    error_budget: int = opt(0, "damaged samples the run may go without; 0 stops at one", low=0)
+    accept_changes: tuple[str, ...] = opt(
+        (), "what may differ from the checkpoint's data state on resume; its error names it"
+    )
+    cache_dir: str = opt("", "folder for remote shards; default: $MBV3DIST_CACHE or ~/.cache")
+    cache_gb: float = opt(64.0, "most that folder may hold, over all runs of a node", low=1e-6)
     view: ViewConfig = field(default_factory=ViewConfig)
 
 
@@ -218,7 +233,14 @@ def check_config(config: TrainConfig) -> None:
 
     plain = bool(re.fullmatch(r"[\w.+-]+", config.name)) and config.name.strip(".") != ""
     require(plain, "name", config.name, "letters, digits, '.', '_', '+' and '-'; not a path")
-    require(bool(config.data.path), "data.path", "", "the folder `mbv3dist convert` wrote")
+    data = config.data
+    require(any(data.path), "data.path", "", "the folder `mbv3dist convert` wrote")
+    require(all(data.path), "data.path", data.path, "an empty name; leave it out")
+    cure = f"one number for each of the {len(data.path)} data sets in --data.path"
+    require(len(data.weights) in (0, len(data.path)), "data.weights", data.weights, cure)
+    require(not data.weights or any(data.weights), "data.weights", data.weights, "all are 0")
+    both = bool(data.weights) and data.balance_classes
+    require(not both, "data.balance_classes", True, "choose it or --data.weights, not both")
     require(optim.lr > 0, "optim.lr", optim.lr, "must be above 0")
     longest = f"must be below --epochs {config.epochs}"
     require(
@@ -256,4 +278,6 @@ _CLASSIFIER_VIEWS = ("random_resized_crop", "random_crop", "center_crop", "resiz
 
 def show_value(value: Any) -> str:
     """A value as a flag would have it."""
-    return " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value) or "empty"
+    if isinstance(value, tuple):
+        return " ".join(v if isinstance(v, str) else f"{v:g}" for v in value) or "none"
+    return str(value) or "empty"

@@ -18,17 +18,55 @@ from typing import Any, Literal
 import yaml
 
 from mbv3dist.config import TrainConfig, check_config, show_value
+from mbv3dist.messages import one_line, shown
+
+# Far more than any recipe has: a small file must not become a large one when it is read.
+_MAX_BYTES = 256 * 1024
+_MAX_ALIASES = 1000
+_MAX_KEYS = 1000  # of a mapping, merged ones included
+_MAX_REASON = 300  # characters of what PyYAML says
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """PyYAML's safe loader, refusing keys that appear twice."""
+    """PyYAML's safe loader, refusing keys that appear twice, and aliases that grow without end."""
+
+    _num_aliases = 0
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"key {key!r} appears twice (line {node.start_mark.line + 1})")
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    line = node.start_mark.line + 1
+                    raise yaml.YAMLError(f"key {shown(key.value)} appears twice (line {line})")
+                seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+            self._num_aliases += 1
+            if self._num_aliases > _MAX_ALIASES:
+                raise yaml.YAMLError(f"more than {_MAX_ALIASES} aliases (*name)")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        return node
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        super().flatten_mapping(node)
+        if len(node.value) > _MAX_KEYS:
+            raise yaml.YAMLError(f"a mapping has more than {_MAX_KEYS} keys")
+
+
+def _load_yaml(text: str) -> Any:
+    """The value of a YAML text; whatever is wrong with it is a ValueError with the reason."""
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except RecursionError:
+        raise ValueError("values are nested too deep") from None
+    except Exception as error:  # PyYAML's constructors raise nearly anything: KeyError, IndexError
+        reason = one_line(str(error), _MAX_REASON)
+        if not isinstance(error, yaml.YAMLError):
+            reason = f"a value is not what its tag says ({reason or type(error).__name__})"
+        raise ValueError(reason) from None
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -45,11 +83,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"{path}: no such recipe; a YAML file comes first, flags after it")
+    with path.open("rb") as file:
+        data = file.read(_MAX_BYTES + 1)
+    if len(data) > _MAX_BYTES:
+        raise ValueError(f"{path}: not a valid recipe: larger than {_MAX_BYTES >> 10} KiB")
     try:
-        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: not a valid recipe: {reason}") from None
+        tree = _load_yaml(data.decode("utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not a valid recipe: {error}") from None
     tree = {} if tree is None else tree
     if not isinstance(tree, Mapping):
         raise ValueError(f"{path}: a recipe is a mapping of keys, got {type(tree).__name__}")
@@ -96,8 +137,11 @@ def _parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     while remaining:
         word = remaining.pop(0)
         if not word.startswith("--"):
-            raise ValueError(f"{word!r}: expected a flag such as --optim.lr 0.01")
+            raise ValueError(f"{shown(word)}: expected a flag such as --optim.lr 0.01")
         key, separator, text = word[2:].partition("=")
+        key = one_line(key)
+        if len(key) > 100:
+            raise ValueError(f"{shown(word)}: no key has so long a name")
         several = False
         if not separator:
             values = []
@@ -114,10 +158,10 @@ def _parse_overrides(words: Sequence[str]) -> dict[str, Any]:
             if not isinstance(node, dict):
                 raise ValueError(f"--{key}: {parent} is a value, not a section")
         try:
-            value = [yaml.safe_load(v) for v in values] if several else yaml.safe_load(text)
-            node[leaf] = _Text(text, value)
-        except (yaml.YAMLError, ValueError, RecursionError):
-            node[leaf] = _Text(text, text)
+            value = [_load_yaml(v) for v in values] if several else _load_yaml(text)
+        except ValueError:
+            value = text
+        node[leaf] = _Text(text, value, tuple(values) if several else (text,))
     return tree
 
 
@@ -127,6 +171,7 @@ class _Text:
 
     text: str
     value: Any
+    words: tuple[str, ...]  # as the shell gave them
 
     def __repr__(self) -> str:
         return repr(self.text)
@@ -146,14 +191,17 @@ def _build(cls: type, tree: Any, *, where: str, source: str) -> Any:
     if tree is None:
         tree = {}
     if not isinstance(tree, Mapping):
-        raise ValueError(f"{source}: {where.rstrip('.')} is a section of keys, got {tree!r}")
+        raise ValueError(f"{source}: {where.rstrip('.')} is a section of keys, got {shown(tree)}")
     hints = typing.get_type_hints(cls)
     names = [entry.name for entry in dataclasses.fields(cls)]
     values = {}
     for key, value in tree.items():
         if key not in names:
-            near = difflib.get_close_matches(str(key), names, n=1, cutoff=0.0)
-            raise ValueError(f"{source}: unknown key {where}{key}; did you mean {where}{near[0]}?")
+            given = shown(key).strip("'")
+            near = difflib.get_close_matches(given, names, n=1, cutoff=0.0)
+            raise ValueError(
+                f"{source}: unknown key {where}{given}; did you mean {where}{near[0]}?"
+            )
         if dataclasses.is_dataclass(hints[key]):
             values[key] = _build(
                 typing.cast(type, hints[key]), value, where=f"{where}{key}.", source=source
@@ -161,10 +209,10 @@ def _build(cls: type, tree: Any, *, where: str, source: str) -> Any:
         else:
             try:
                 values[key] = _coerce(value, hints[key])
-            except (TypeError, ValueError):
-                shown = value.text if isinstance(value, _Text) else value
+            except (TypeError, ValueError, OverflowError):
+                given = shown(value.text if isinstance(value, _Text) else value)
                 raise ValueError(
-                    f"{source}: {where}{key} = {shown!r}: expected {_type_name(hints[key])}"
+                    f"{source}: {where}{key} = {given}: expected {_type_name(hints[key])}"
                 ) from None
     return cls(**values)
 
@@ -182,6 +230,11 @@ def _type_name(hint: Any) -> str:
 
 def _coerce(value: Any, hint: Any) -> Any:
     """The value as the field's type, or TypeError/ValueError. `1e-3` is a string in YAML 1.1."""
+    if isinstance(value, _Text) and hint == tuple[str, ...]:
+        # Names keep their letters: `2007` is no number here. A YAML list may be given too.
+        value = (
+            value.value if isinstance(value.value, list) and len(value.words) == 1 else value.words
+        )
     if isinstance(value, _Text):
         value = value.text if hint is str and not isinstance(value.value, list) else value.value
     origin, args = typing.get_origin(hint), typing.get_args(hint)
@@ -195,6 +248,8 @@ def _coerce(value: Any, hint: Any) -> Any:
         return None if value in (None, "none") else _coerce(value, args[0])
     if origin is tuple:
         items = [value] if isinstance(value, int | float) else value
+        if isinstance(value, str) and args[0] is str:
+            items = [value] if value else []
         if not isinstance(items, list | tuple):
             raise TypeError(value)
         if args[-1] is not Ellipsis and len(items) != len(args):
@@ -207,6 +262,8 @@ def _coerce(value: Any, hint: Any) -> Any:
         return number
     if hint is str and value is None:
         return ""
+    if hint is int and type(value) is int and value.bit_length() > 64:
+        raise ValueError(value)
     if type(value) is hint:
         return value
     raise TypeError(value)

@@ -7,21 +7,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from mbv3dist.convert.publish import check_targets
+from mbv3dist.convert.files import check_folder, walk_files
+from mbv3dist.convert.order import cut_validation
 from mbv3dist.convert.records import (
     ConvertOptions,
     ConvertReport,
     Job,
     Options,
-    Problem,
     Record,
     Settings,
     check_classes,
-    check_folder,
     read_class_file,
-    walk_files,
 )
-from mbv3dist.convert.run import convert_jobs, cut_validation
+from mbv3dist.convert.run import convert_jobs
+from mbv3dist.convert.targets import check_targets, open_target
 from mbv3dist.data.formats import is_picture
 
 _SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test", "trainval"}
@@ -39,12 +38,12 @@ def convert_imagefolder(
 
     Args:
         src: Folder whose subfolders are the classes; pictures lie at any depth in them.
-        out: Folder of the data set, made if needed.
+        out: Folder of the data set, made if needed, or its s3, gs or hf URL.
         split: Name of the split to write.
         classes: Class names in order; else ``labels.txt`` in ``src``, else the sorted folders.
         **options: ``val_fraction`` (of each class), ``seed``, ``resize``, ``quality``,
-            ``on_error``, ``workers``, ``shard_bytes``, ``overwrite``, ``progress``: see
-            ``Options``.
+            ``on_error``, ``workers``, ``shard_bytes``, ``overwrite``, ``progress``, ``part``,
+            ``work``, ``keep_local``: see ``Options``.
 
     Raises:
         ConversionError: naming every bad file, with ``on_error="fail"``.
@@ -52,8 +51,9 @@ def convert_imagefolder(
         OSError: if writing fails.
     """
     checked = Options(split=split, **options)
-    root = check_folder(src, out)
-    check_targets(Path(out), [root], checked)
+    target = open_target(out, checked)
+    root = check_folder(src, target.folder)
+    check_targets(target.folder, [root], checked)
     folders = _class_folders(root)
     if classes is not None:
         names = check_classes(classes, "--classes")
@@ -62,7 +62,7 @@ def convert_imagefolder(
     else:
         names = check_classes(folders, f"{str(src)!r}")
     return convert_jobs(
-        Path(out),
+        target,
         cut_validation(_scan(root, split, folders, names), checked),
         settings=Settings("classification", "folder", checked.resize, checked.quality),
         classes=names,
@@ -101,19 +101,18 @@ def _scan(root: Path, split: str, folders: Sequence[str], classes: Sequence[str]
     for path in sorted(root.iterdir()):
         if is_picture(path) and path.is_file() and not path.name.startswith("."):
             reason = "lies beside the class folders, so it has no class"
-            job.problems.append(Problem(path.name, reason, "unknown_class"))
+            job.complain(path.name, reason, "unknown_class")
     for folder in folders:
-        files = list(walk_files(root / folder))
+        files = list(walk_files(root / folder, job.counts, inside=root))
         pictures = [name for name in files if is_picture(name)]
         job.counts["ignored_files"] += len(files) - len(pictures)
         job.counts["empty_class_folders"] += not pictures
         if folder not in numbers:
             reason = f"folder {folder!r} is not in the class list ({len(pictures)} pictures)"
-            job.problems.append(Problem(folder, reason, "unknown_class"))
+            job.complain(folder, reason, "unknown_class")
             continue
         for name in pictures:
-            path = root / folder / name
-            job.records.append(Record(str(path), f"{folder}/{name}", label=numbers[folder]))
+            job.records.append(Record(str(root), f"{folder}/{name}", label=numbers[folder]))
     if not job.records and not job.problems:
         raise ValueError(
             f"no pictures in the class folders of {str(root)!r} ({', '.join(folders[:10])}); "

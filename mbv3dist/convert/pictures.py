@@ -10,6 +10,7 @@ import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from mbv3dist.convert.files import show
 from mbv3dist.data.formats import PictureError
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def load_picture(data: bytes) -> Picture:
     """
     from PIL import Image, UnidentifiedImageError
 
-    from mbv3dist.data.decode import exif_orientation
+    from mbv3dist.data.decode import FORMATS, exif_orientation
 
     if not data:
         raise PictureError("the file is empty")
@@ -57,7 +58,8 @@ def load_picture(data: bytes) -> Picture:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(data))
+            # Only these: others of Pillow's readers start programs, such as a PostScript printer.
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
             image.load()
             return _upright_rgb(image, exif_orientation(image))
     except (PictureError, MemoryError):
@@ -69,7 +71,7 @@ def load_picture(data: bytes) -> Picture:
         raise PictureError(f"more than {Image.MAX_IMAGE_PIXELS} pixels") from error
     except Exception as error:
         # Pillow's plugins raise nearly anything on damaged bytes: struct.error, IndexError, ...
-        raise PictureError(f"damaged picture ({error})") from error
+        raise PictureError(f"damaged picture ({show(str(error))})") from error
 
 
 def _upright_rgb(image: Image, orientation: int) -> Picture:

@@ -13,12 +13,14 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mbv3dist.convert.files import MAX_PICTURE_BYTES, UnusableFileError, read_bounded
 from mbv3dist.convert.pictures import (
     REENCODE_QUALITY,
     Picture,
@@ -34,42 +36,80 @@ from mbv3dist.data.formats import PictureError
 Corners = tuple[float, float, float, float]
 
 
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """What becomes of a picture, or of an object in it.
+
+    Attributes:
+        place: Which of its record's places it takes, from 0.
+        picture: JPEG bytes, or None to copy the file's.
+        target: Bytes of the target member.
+        num_boxes: Boxes in the target.
+        labels: Classes in the target, each once, ascending.
+    """
+
+    place: int
+    picture: bytes | None
+    target: bytes
+    num_boxes: int
+    labels: list[int]
+
+
 @dataclass
 class Prepared:
-    """Samples of a record as (source, picture bytes or None to copy the file, target, boxes)."""
+    """What became of a record."""
 
-    samples: list[tuple[str, bytes | None, bytes, int]] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     file_bytes: int = 0
+    file_crc: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A record to prepare.
+
+    Attributes:
+        record: The record.
+        places: Those of its places that are wanted, or None for all.
+        owned: Whether what is counted by record is counted here.
+    """
+
+    record: Record
+    places: frozenset[int] | None = None
+    owned: bool = True
 
 
 def prepare_chunk(
-    records: Sequence[Record], settings: Settings, folder: Path, number: int
+    requests: Sequence[Request], settings: Settings, folder: Path, number: int
 ) -> dict[str, Any]:
     """Prepare records and spool the result as ``NUMBER.bin`` and ``NUMBER.json`` in a folder.
 
     Returns:
-        What the JSON holds: ``samples`` rows [source, path or None, picture offset, picture size,
-        target offset, target size, boxes], ``problems`` [file, reason, kind] and ``counts``.
+        What the JSON holds: ``samples``, rows of [record's position in the chunk, place, 1 if the
+        picture is copied from its file, picture offset, size and CRC-32, target offset and size,
+        boxes, labels], ``problems`` [file, reason, kind] and ``counts``.
     """
     spool, table = folder / f"{number:06d}.bin", folder / f"{number:06d}.json"
     rows: list[list[Any]] = []
     problems: list[list[str]] = []
     counts: Counter[str] = Counter()
     with open_partial(spool) as file:
-        for record in records:
-            prepared = prepare_record(record, settings)
-            for source, picture, target, num_boxes in prepared.samples:
+        for position, request in enumerate(requests):
+            prepared = prepare_record(request, settings)
+            for sample in prepared.samples:
                 target_offset = file.tell()
-                file.write(target)
-                picture_offset = file.tell()
-                size = prepared.file_bytes if picture is None else len(picture)
+                file.write(sample.target)
+                picture_offset, picture = file.tell(), sample.picture
+                size, crc = prepared.file_bytes, prepared.file_crc
                 if picture is not None:
                     file.write(picture)
-                path = record.path if picture is None else None
-                row = [source, path, picture_offset, size, target_offset, len(target), num_boxes]
-                rows.append(row)
+                    size, crc = len(picture), zlib.crc32(picture)
+                where = [picture_offset, size, crc, target_offset, len(sample.target)]
+                copied = int(picture is None)
+                about = [sample.num_boxes, sample.labels]
+                rows.append([position, sample.place, copied, *where, *about])
             problems += [[item.file, item.reason, item.kind] for item in prepared.problems]
             counts += prepared.counts
     os.replace(file.name, spool)
@@ -85,15 +125,14 @@ def open_partial(path: Path) -> Any:
     return open(path.with_name(f"{path.name}.{os.getpid()}.tmp"), "wb")
 
 
-def prepare_record(record: Record, settings: Settings) -> Prepared:
+def prepare_record(request: Request, settings: Settings) -> Prepared:
     """Turn a record into samples; nothing is raised for bad input, it is listed."""
-    result = Prepared()
+    record, result = request.record, Prepared()
     try:
-        with open(record.path, "rb") as file:
-            data = file.read()
-        result.file_bytes = len(data)
+        data = read_bounded(record.path, MAX_PICTURE_BYTES)
+        result.file_bytes, result.file_crc = len(data), zlib.crc32(data)
         picture = load_picture(data)
-    except PictureError as error:
+    except (PictureError, UnusableFileError) as error:
         result.problems.append(Problem(record.source, str(error), "bad_picture"))
         return result
     except OSError as error:
@@ -101,27 +140,33 @@ def prepare_record(record: Record, settings: Settings) -> Prepared:
         result.problems.append(Problem(record.source, f"cannot be read: {reason}", "bad_picture"))
         return result
     if settings.label_from == "folder":
-        target = str(record.label).encode("ascii")
-        result.samples.append((record.source, _final_bytes(picture, settings, result), target, 0))
+        _add_picture(picture, record.label, settings, result)
         return result
     boxes = _checked_boxes(record, picture, result)
-    if settings.label_from == "crops":
-        _add_crops(record, picture, boxes, settings, result)
-        return result
-    if settings.label_from == "largest":
-        if not boxes:
-            result.counts["pictures_without_object"] += 1
-            return result
-        # max() keeps the first of equals: the XML's order decides.
-        label = max(boxes, key=lambda box: _area(box.corners)).label
-        target, num_boxes = str(label).encode("ascii"), 0
-    else:
-        target, num_boxes = _detection_target(picture.image.size, boxes, settings), len(boxes)
+    if settings.label_from == "boxes":
         result.counts["pictures_without_boxes"] += not boxes
         result.counts["difficult_boxes"] += sum(box.difficult for box in boxes)
-    content = _final_bytes(picture, settings, result)
-    result.samples.append((record.source, content, target, num_boxes))
+        target = _detection_target(picture.image.size, boxes, settings)
+        labels = sorted({box.label for box in boxes})
+        content = _final_bytes(picture, settings, result)
+        result.samples.append(Sample(0, content, target, len(boxes), labels))
+        return result
+    result.counts["pictures_without_object"] += not boxes
+    if not request.owned:
+        result.counts.clear()  # by the part that owns the record; bad input is named by each
+    if settings.label_from == "crops":
+        _add_crops(request, picture, boxes, settings, result)
+    elif boxes:
+        # max() keeps the first of equals: the XML's order decides.
+        label = max(boxes, key=lambda box: _area(box.corners)).label
+        _add_picture(picture, label, settings, result)
     return result
+
+
+def _add_picture(picture: Picture, label: int, settings: Settings, result: Prepared) -> None:
+    """Add a picture as a sample of one class."""
+    content = _final_bytes(picture, settings, result)
+    result.samples.append(Sample(0, content, str(label).encode("ascii"), 0, [label]))
 
 
 def _checked_boxes(record: Record, picture: Picture, result: Prepared) -> list[Box]:
@@ -203,13 +248,18 @@ def _final_bytes(picture: Picture, settings: Settings, result: Prepared) -> byte
 
 
 def _add_crops(
-    record: Record, picture: Picture, boxes: Sequence[Box], settings: Settings, result: Prepared
+    request: Request,
+    picture: Picture,
+    boxes: Sequence[Box],
+    settings: Settings,
+    result: Prepared,
 ) -> None:
-    """Add each object's rectangle as a sample of its own; its source ends in ``#NUMBER``."""
-    if not boxes:
-        result.counts["pictures_without_object"] += 1
-        return
+    """Add the rectangle of each object that is wanted as a sample of its own."""
+    places = {box.number: place for place, box in enumerate(request.record.boxes)}
     for box in boxes:
+        place = places[box.number]
+        if request.places is not None and place not in request.places:
+            continue
         x0, y0, x1, y1 = box.corners
         # Outward to whole pixels, so that a crop is never empty.
         crop = picture.image.crop((int(x0), int(y0), -int(-x1 // 1), -int(-y1 // 1)))
@@ -219,6 +269,6 @@ def _add_crops(
             quality, full_chroma = settings.quality, False
             result.counts["resized"] += 1
         content = encode_jpeg(crop, quality=quality, full_chroma=full_chroma)
-        label = str(box.label).encode("ascii")
-        result.samples.append((f"{record.source}#{box.number}", content, label, 0))
+        target = str(box.label).encode("ascii")
+        result.samples.append(Sample(place, content, target, 0, [box.label]))
         result.counts["crops"] += 1

@@ -8,178 +8,83 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from mbv3dist.convert.records import ConversionError, Options, Problem, SplitReport
+from mbv3dist.convert.files import show
+from mbv3dist.convert.records import ConversionError, Job, Options, Problem, SplitReport
 from mbv3dist.convert.writer import sync_folder, write_file
-from mbv3dist.data.index import Split, describes_split, format_key, list_splits, open_split
-
-# Shards, and what a killed worker left of one.
-_OUR_FILE = re.compile(r"\d{6}\.(tar|idx|crc)|\.?\d{6}\.(tar|idx|crc)\.\d+\.tmp")
-
-
-def part_path(out: Path, split: str) -> Path:
-    """Return where work in progress on a split lies."""
-    return out / f".{split}.part"
-
-
-def check_targets(out: Path, roots: Sequence[Path], options: Options) -> None:
-    """Check that no split would be written over the source folders or over others' files.
-
-    Raises:
-        ValueError: naming the folder or file that would be lost.
-    """
-    for name in ("val", options.split) if options.val_fraction else (options.split,):
-        target = (out / name).resolve()
-        for root in (root.resolve() for root in roots):
-            if _is_within(root, target) or _is_within(target, root):
-                raise ValueError(
-                    f"split {name!r} would be written to {str(target)!r} and the source is "
-                    f"{str(root)!r}: pictures would be lost; use another --split or --out"
-                )
-        if name not in (list_splits(out) if out.is_dir() else []):
-            check_replaceable(out, name)
-
-
-def _is_within(path: Path, folder: Path) -> bool:
-    """Return whether a resolved path is a folder or lies in it, also if names differ in case."""
-    if path.is_relative_to(folder):
-        return True
-    return folder.exists() and any(
-        parent.exists() and parent.samefile(folder) for parent in (path, *path.parents)
-    )
-
-
-def check_replaceable(out: Path, split: str) -> None:
-    """Check that a split's folder and ``SPLIT.json`` are ours, or not there.
-
-    Raises:
-        ValueError: naming what would be lost.
-    """
-    folder, description = out / split, out / f"{split}.json"
-    if description.exists() and not describes_split(description):
-        raise ValueError(
-            f"{str(description)!r} exists and is no split of mbv3dist; use another --split or --out"
-        )
-    started = description.exists() or part_path(out, split).is_dir()
-    foreign = _find_foreign(folder, started)
-    if foreign:
-        held = "" if foreign == folder.name else f" (it holds {foreign!r})"
-        what = "would be replaced" if description.exists() else "exists and is no split of mbv3dist"
-        raise ValueError(
-            f"{str(folder)!r} {what}{held}; use another --split or --out, or move that away"
-        )
-
-
-def _find_foreign(folder: Path, started: bool) -> str:
-    """Return the name of the folder or of something in it that convert did not make, or empty.
-
-    Args:
-        folder: Where a split will be written.
-        started: Whether convert has worked on that split before.
-    """
-    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        return folder.name
-    names = sorted(os.listdir(folder)) if folder.is_dir() else []
-    for name in names:
-        if not _OUR_FILE.fullmatch(name) or (folder / name).is_dir():
-            return name
-        # Other tools number their tars too, but leave no checksums; a half removed split of ours
-        # may lack some.
-        checksums = f"{name.removesuffix('.tar')}.crc"
-        if name.endswith(".tar") and checksums not in names and not started:
-            return name
-    return ""
-
-
-def check_agreement(
-    out: Path, names: Sequence[str], task: str, classes: Sequence[str], *, overwrite: bool
-) -> None:
-    """Check that new splits fit to the other splits of the data set.
-
-    Raises:
-        ValueError: naming the other task or the difference of the class lists.
-    """
-    for name in list_splits(out):
-        if overwrite and name in names:
-            continue
-        split = open_split(out, name)
-        if split.task != task:
-            raise ValueError(
-                f"{str(out)!r} holds split {name!r} for {split.task}, not {task}; use another "
-                "--out or --task"
-            )
-        if split.classes != tuple(classes):
-            raise ValueError(
-                f"class list differs from split {name!r} in {str(out)!r}: "
-                f"{_difference(split.classes, classes)}; give --classes FILE with its list "
-                f"({', '.join(split.classes[:20])}{', ...' if len(split.classes) > 20 else ''}) "
-                "or use another --out"
-            )
-
-
-def _difference(old: Sequence[str], new: Sequence[str]) -> str:
-    missing = [name for name in old if name not in new]
-    added = [name for name in new if name not in old]
-    parts = []
-    if missing:
-        parts.append(f"{', '.join(missing[:10])} missing here")
-    if added:
-        parts.append(f"{', '.join(added[:10])} new here")
-    if not parts:
-        place = next(n for n, (a, b) in enumerate(zip(old, new, strict=True)) if a != b)
-        parts.append(f"another order, class {place} is {old[place]!r} there, {new[place]!r} here")
-    return " and ".join(parts)
+from mbv3dist.data.index import Split, list_splits, open_split
+from mbv3dist.data.manifest import manifest_path, write_manifest
 
 
 def find_finished(
-    out: Path, names: Sequence[str], digests: Sequence[str], options: Options
+    out: Path,
+    jobs: Sequence[Job],
+    digest_of: Callable[[Job], str],
+    options: Options,
+    *,
+    keep_same: bool,
 ) -> dict[str, SplitReport] | None:
     """Return the reports if all splits are there from the same input and settings, else None.
 
     The same input means the same files by name and size: bytes are not compared. A split that has
     lost a file counts as not there.
 
+    Args:
+        out: Folder of the data set.
+        jobs: The splits.
+        digest_of: Returns the digest of a split's input and settings.
+        options: Whether splits are to be replaced, and what to do about bad input.
+        keep_same: Whether also a replacement keeps splits from the same input and settings.
+
     Raises:
         ValueError: if a split of that name was made from other input or settings.
         ConversionError: if it was made by skipping bad input that must not be skipped now.
     """
-    existing = set(list_splits(out))
-    if options.overwrite:
+    if options.overwrite and not keep_same:
         return None
+    existing = set(list_splits(out))
     reports = {}
     replace = "replace it with --overwrite or use another --split or --out"
-    for name, digest in zip(names, digests, strict=True):
+    for job in jobs:
+        name = job.split
         if name not in existing:
             continue
-        description = json.loads((out / f"{name}.json").read_text(encoding="utf-8"))
         split = open_split(out, name)
-        if description.get("conversion") != digest:
+        if conversion_of(out, name) != digest_of(job):
+            if options.overwrite:
+                return None
             raise ValueError(
                 f"split {name!r} exists in {str(out)!r}, made from other input or settings; "
                 f"{replace}"
             )
-        report = _read_report(split)
+        report = read_report(split)
         if report is None:
             raise ValueError(
                 f"split {name!r} exists in {str(out)!r}, but its {report_path(out, name).name} is "
                 f"missing or damaged; {replace}"
             )
-        if _is_whole(split):
+        if is_whole(split):
             reports[name] = report
     if options.on_error == "fail":
-        raise_problems({report.report: report.problems for report in reports.values()})
-    # One of two splits may be missing after a kill: both are then made again, to the same bytes.
-    return reports if len(reports) == len(names) else None
+        raise_problems({Path(report.report): report.problems for report in reports.values()})
+    # One of two splits may be missing after a kill.
+    return reports if len(reports) == len(jobs) else None
 
 
-def _is_whole(split: Split) -> bool:
+def conversion_of(out: Path, split: str) -> str | None:
+    """Return the digest of the input and settings that a finished split was made from."""
+    description = json.loads((out / f"{split}.json").read_text(encoding="utf-8"))
+    digest = description.get("conversion")
+    return digest if isinstance(digest, str) else None
+
+
+def is_whole(split: Split) -> bool:
     """Return whether all files of a split are there, the tars in their size."""
     for shard in split.shards:
         path = shard.path
@@ -187,6 +92,10 @@ def _is_whole(split: Split) -> bool:
             return False
         if not all(path.with_suffix(suffix).is_file() for suffix in (".idx", ".crc")):
             return False
+    try:
+        split.labels()
+    except ValueError:
+        return False
     return (split.root / f"{split.name}.sources.tsv").is_file()
 
 
@@ -207,9 +116,11 @@ def report_path(out: Path, split: str) -> Path:
     return out / f"{split}.report.json"
 
 
-def failure_path(out: Path, split: str) -> Path:
+def failure_path(out: Path, split: str, part: tuple[int, int] | None = None) -> Path:
     """Return where the report on a failed attempt lies; the next that succeeds removes it."""
-    return out / f"{split}.failed.json"
+    return out / (
+        f"{split}.part{part[0]}of{part[1]}.failed.json" if part else f"{split}.failed.json"
+    )
 
 
 def write_report(
@@ -227,7 +138,7 @@ def write_report(
         "status": status,
         "samples": num_samples,
         "boxes": num_boxes,
-        "counts": {**_sorted(counts), **_problem_counts(problems)},
+        "counts": all_counts(counts, problems),
         "problems": [
             {"file": item.file, "reason": item.reason, "kind": item.kind} for item in problems
         ],
@@ -235,31 +146,38 @@ def write_report(
     write_file(path, _dump(value))
 
 
+def all_counts(counts: Mapping[str, int], problems: Sequence[Problem]) -> dict[str, int]:
+    """Return what was done to pictures, then the problems by kind, each sorted by name."""
+    return {**_sorted(counts), **_sorted(Counter(f"problems_{item.kind}" for item in problems))}
+
+
 def _sorted(counts: Mapping[str, int]) -> dict[str, int]:
     return {name: counts[name] for name in sorted(counts) if counts[name]}
 
 
-def _problem_counts(problems: Sequence[Problem]) -> dict[str, int]:
-    return _sorted(Counter(f"problems_{problem.kind}" for problem in problems))
-
-
-def _read_report(split: Split) -> SplitReport | None:
+def read_report(split: Split) -> SplitReport | None:
     """Return the report on a finished split, or None if it is missing or is none."""
     path = report_path(split.root, split.name)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    sizes = split.shard_bytes
+    return parse_report(data, path, len(split), split.num_boxes, len(sizes), int(sizes.sum()))
+
+
+def parse_report(
+    data: bytes, path: Path | str, samples: int, boxes: int, shards: int, size: int
+) -> SplitReport | None:
+    """Return the report on a finished split from its file's bytes, or None if it is none."""
+    try:
+        value = json.loads(data)
         if value["status"] != "finished":
             return None
-        return SplitReport(
-            samples=len(split),
-            boxes=split.num_boxes,
-            shards=len(split.shards),
-            bytes=sum(shard.num_bytes for shard in split.shards),
-            counts=dict(value["counts"]),
-            problems=tuple(Problem(**item) for item in value["problems"]),
-            report=path,
-        )
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        problems = tuple(Problem(**item) for item in value["problems"])
+        counts = {show(name): int(number) for name, number in value["counts"].items()}
+        return SplitReport(samples, boxes, shards, size, counts, problems, path)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return None
 
 
@@ -267,31 +185,48 @@ def publish(
     out: Path,
     split: str,
     *,
-    part: Path,
-    shards: Sequence[dict[str, Any]],
-    sources: Sequence[str],
+    shards: Path,
+    rows: Sequence[dict[str, Any]],
+    sources: Iterable[bytes],
+    labels: bytes,
+    num_samples: int,
     description: dict[str, Any],
     problems: Sequence[Problem],
     counts: Mapping[str, int],
 ) -> SplitReport:
-    """Bring a packed split under its name and remove the work folder.
+    """Bring a packed split under its name.
 
     ``SPLIT.json`` goes first when a split is replaced and comes last: as long as it is missing,
-    the split does not exist, and a conversion that was killed here goes on from the start.
+    the split does not exist. A publication that was killed is cured by doing it again.
+
+    Args:
+        out: Folder of the data set.
+        split: Name of the split.
+        shards: Folder of the shards, which becomes ``OUT/SPLIT``; if it is missing, it has become
+            that already.
+        rows: What ``shardlist`` says of each shard, without its place.
+        sources: Pieces of ``SPLIT.sources.tsv``.
+        labels: ``SPLIT.labels.npy``.
+        num_samples: Samples in the split.
+        description: What ``SPLIT.json`` says besides.
+        problems: For the report.
+        counts: For the report.
     """
     final = out / f"{split}.json"
-    final.unlink(missing_ok=True)
-    if (out / split).is_dir():
-        shutil.rmtree(out / split)
-    sync_folder(part / "shards")
-    os.replace(part / "shards", out / split)
-    lines = [f"{format_key(index)}\t{source}\n" for index, source in enumerate(sources)]
-    write_file(out / f"{split}.sources.tsv", "".join(lines).encode("utf-8"))
-    num_boxes = int(description["boxes"])
+    if shards.is_dir():
+        manifest_path(final).unlink(missing_ok=True)
+        final.unlink(missing_ok=True)
+        if (out / split).is_dir():
+            shutil.rmtree(out / split)
+        sync_folder(shards)
+        os.replace(shards, out / split)
+    write_file(out / f"{split}.sources.tsv", sources)
+    write_file(out / f"{split}.labels.npy", labels)
     report = report_path(out, split)
-    write_report(report, split, "finished", problems, counts, len(sources), num_boxes)
-    failure_path(out, split).unlink(missing_ok=True)
-    shardlist = [{"url": f"{split}/{number:06d}.tar", **row} for number, row in enumerate(shards)]
+    num_boxes = int(description["boxes"])
+    write_report(report, split, "finished", problems, counts, num_samples, num_boxes)
+    remove_leftovers(out, split)
+    shardlist = [{"url": f"{split}/{number:06d}.tar", **row} for number, row in enumerate(rows)]
     value = {
         "__kind__": "wids-shard-index-v1",
         "wids_version": 1,
@@ -302,17 +237,24 @@ def publish(
     }
     sync_folder(out)
     write_file(final, _dump(value))
+    write_manifest(final)
     sync_folder(out)
-    shutil.rmtree(part)
     return SplitReport(
-        samples=len(sources),
+        samples=num_samples,
         boxes=num_boxes,
-        shards=len(shards),
-        bytes=sum(row["filesize"] for row in shards),
-        counts={**_sorted(counts), **_problem_counts(problems)},
+        shards=len(rows),
+        bytes=sum(row["filesize"] for row in rows),
+        counts=all_counts(counts, problems),
         problems=tuple(problems),
         report=report,
     )
+
+
+def remove_leftovers(out: Path, split: str) -> None:
+    """Remove what attempts that failed or were killed left beside a split."""
+    failures = out.glob(f"{split}.part*of*.failed.json")
+    for path in (failure_path(out, split), *failures, *out.glob(f".{split}.*.tmp")):
+        path.unlink(missing_ok=True)
 
 
 def _dump(value: dict[str, Any]) -> bytes:

@@ -5,12 +5,24 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypedDict
 
+from mbv3dist.convert.files import (
+    MAX_CLASSES_BYTES,
+    UnusableFileError,
+    name_problem,
+    read_bounded,
+    show,
+)
+
 DEFAULT_SHARD_BYTES = 128 * 1024 * 1024
+MAX_NAME = 1000  # characters of a class name
+MAX_PATH = 5000
+MAX_CLASSES = 1_000_000
+MAX_PROBLEMS = 1_000_000  # some 300 bytes each; more than that is no data set with a few bad files
 _CURE = "mend these files, or leave them out with --on-error skip"
 
 
@@ -29,18 +41,25 @@ class Record:
     """One picture to convert.
 
     Attributes:
-        path: The picture's file.
-        source: Its path relative to the root given (``ROOTNAME/...`` with several roots).
+        root: The root given; shared by its records, because there may be millions.
+        source: The picture's path relative to it, behind ``prefix``.
+        prefix: Empty, or ``ROOTNAME/`` with several roots.
         label: Class number for image folders, else -1.
         boxes: Annotated objects.
         declared_size: (width, height) that the annotation claims, if any.
     """
 
-    path: str
+    root: str
     source: str
+    prefix: str = ""
     label: int = -1
     boxes: tuple[Box, ...] = ()
     declared_size: tuple[int, int] | None = None
+
+    @property
+    def path(self) -> str:
+        """The picture's file."""
+        return os.path.join(self.root, self.source[len(self.prefix) :])
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +69,11 @@ class Problem:
     file: str
     reason: str
     kind: str  # what is counted: bad_box, bad_picture, bad_annotation, missing_file, unknown_class
+
+    def __post_init__(self) -> None:
+        # Both may hold what somebody else has written, and end on a terminal and in a report.
+        object.__setattr__(self, "file", show(self.file, MAX_PATH))
+        object.__setattr__(self, "reason", show(self.reason))
 
     def __str__(self) -> str:
         return f"{self.file}: {self.reason}"
@@ -105,6 +129,9 @@ class ConvertOptions(TypedDict, total=False):
     shard_bytes: int
     overwrite: bool
     progress: Callable[[int, int], None] | None
+    part: tuple[int, int] | None
+    work: str | Path | None
+    keep_local: bool
 
 
 @dataclass(frozen=True)
@@ -125,6 +152,12 @@ class Options:
             same input and settings is kept; "same input" means the same files by name and size,
             their bytes are not read again.
         progress: Called with (done, total) as work goes on.
+        part: (i, n): do the i-th, from 1, of n parts, which array jobs or ranks that see the same
+            folders start each on its own, in any order. The last that ends publishes the split.
+            With parts, ``overwrite`` keeps a split that was made from the same input and settings:
+            a part cannot know that the others will be started again.
+        work: With the URL of a data set: the local folder that it is made in before it is sent.
+        keep_local: Keep that folder's data set after it was sent.
     """
 
     split: str
@@ -137,6 +170,9 @@ class Options:
     shard_bytes: int = DEFAULT_SHARD_BYTES
     overwrite: bool = False
     progress: Callable[[int, int], None] | None = None
+    part: tuple[int, int] | None = None
+    work: str | Path | None = None
+    keep_local: bool = False
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", self.split):
@@ -164,6 +200,8 @@ class Options:
             raise ValueError(f"--workers is {self.workers}; use 1 or more")
         if self.shard_bytes < 1:
             raise ValueError(f"shard_bytes is {self.shard_bytes}; use 1 or more")
+        if self.part is not None and not 1 <= self.part[0] <= self.part[1]:
+            raise ValueError(f"--part is {self.part[0]}/{self.part[1]}; use I/N with I from 1 to N")
 
 
 @dataclass
@@ -174,6 +212,19 @@ class Job:
     records: list[Record]
     problems: list[Problem] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+
+    def complain(self, file: str, reason: str, kind: str) -> None:
+        """Note a problem.
+
+        Raises:
+            ValueError: if there are so many that this must be something else than a data set.
+        """
+        if len(self.problems) == MAX_PROBLEMS:
+            raise ValueError(
+                f"more than {MAX_PROBLEMS} problems in the input of split {self.split!r}, the "
+                f"first: {self.problems[0]}; check that this is the right folder"
+            )
+        self.problems.append(Problem(file, reason, kind))
 
 
 @dataclass(frozen=True)
@@ -187,7 +238,7 @@ class SplitReport:
         bytes: Size of the tars together.
         counts: What was done to pictures and boxes, by kind.
         problems: What was left out (only with ``on_error="skip"``).
-        report: The report file.
+        report: The report file, or its URL.
     """
 
     samples: int
@@ -196,7 +247,7 @@ class SplitReport:
     bytes: int
     counts: dict[str, int]
     problems: tuple[Problem, ...]
-    report: Path
+    report: Path | str
 
 
 @dataclass(frozen=True)
@@ -204,19 +255,34 @@ class ConvertReport:
     """What a conversion made.
 
     Attributes:
-        out: The data set's folder.
+        out: The data set's folder, or its URL.
         task: ``detection`` or ``classification``.
         classes: Class names, numbered from 0.
         splits: A ``SplitReport`` for each split written.
         reused: Whether everything was there already, made from the same input (files of the
             same names and sizes) and settings.
+        waiting: Numbers of the parts that are not done yet; empty once the splits are published.
+            Until then ``splits`` tells of this part alone.
     """
 
-    out: Path
+    out: Path | str
     task: str
     classes: tuple[str, ...]
     splits: dict[str, SplitReport]
     reused: bool
+    waiting: tuple[int, ...] = ()
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """Return (i, n) of ``i/n``.
+
+    Raises:
+        ValueError: if it is something else; ``Options`` checks the range.
+    """
+    number, _, count = text.partition("/")
+    if not (number.isdecimal() and count.isdecimal() and len(text) < 20):
+        raise ValueError(f"--part is {text!r}; use I/N, such as 3/8 for the third of eight parts")
+    return int(number), int(count)
 
 
 def read_class_file(path: str | Path) -> list[str]:
@@ -227,11 +293,13 @@ def read_class_file(path: str | Path) -> list[str]:
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_bounded(path, MAX_CLASSES_BYTES).decode("utf-8-sig")
     except FileNotFoundError as error:
         raise ValueError(
             f"no class file {str(path)!r}; give a text file, one name a line"
         ) from error
+    except UnusableFileError as error:
+        raise ValueError(f"class file {str(path)!r} is not read: {error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"class file {str(path)!r} is not UTF-8 text; save it as UTF-8") from error
     names = [line.strip() for line in text.rstrip().splitlines()]
@@ -244,11 +312,17 @@ def check_classes(names: Sequence[str], where: str) -> list[str]:
     Raises:
         ValueError: if there is none, one is empty or stands twice, or is a background class.
     """
-    if not names:
-        raise ValueError(f"{where} names no class; give at least one")
+    if not 1 <= len(names) <= MAX_CLASSES:
+        raise ValueError(
+            f"{where} names {len(names)} classes; there must be at least one, and at most "
+            f"{MAX_CLASSES}"
+        )
     for number, name in enumerate(names, start=1):
-        if not name or name != name.strip() or "\n" in name or "\t" in name:
-            raise ValueError(f"{where}: name {number} is {name!r}; one name a line, none empty")
+        if not name or name != name.strip() or len(name) > MAX_NAME or name_problem(name):
+            raise ValueError(
+                f"{where}: name {number} is {show(name, 80)!r}; one name a line, none empty, at "
+                f"most {MAX_NAME} characters of UTF-8 without control characters"
+            )
         if name in ("BACKGROUND", "__background__"):
             raise ValueError(
                 f"{where}: name {number} is {name!r}; list foreground classes only, take it out"
@@ -257,54 +331,3 @@ def check_classes(names: Sequence[str], where: str) -> list[str]:
     if double:
         raise ValueError(f"{where} names {double[0]!r} twice; take one out")
     return list(names)
-
-
-def check_folder(path: str | Path, out: str | Path) -> Path:
-    """Return a source folder as a path.
-
-    Raises:
-        ValueError: if it is no folder, or the data set would be written inside it or over it.
-    """
-    folder, target = Path(path), Path(out).resolve()
-    if not folder.is_dir():
-        raise ValueError(f"no folder {str(path)!r} to convert; check the path")
-    if target.exists() and not target.is_dir():
-        raise ValueError(f"--out {str(out)!r} is a file; name a folder")
-    if target.is_relative_to(folder.resolve()):
-        raise ValueError(
-            f"--out {str(out)!r} lies inside the source {str(path)!r}; put it elsewhere"
-        )
-    return folder
-
-
-def walk_files(folder: Path) -> Iterator[str]:
-    """Yield all files under a folder, sorted, as relative paths with '/'.
-
-    Hidden files and folders are left out; links are followed, except in circles.
-    """
-    yield from _walk(str(folder), "", (os.path.realpath(folder),))
-
-
-def _walk(folder: str, prefix: str, parents: tuple[str, ...]) -> Iterator[str]:
-    with os.scandir(folder) as listing:
-        entries = sorted(listing, key=lambda entry: entry.name)
-    for entry in entries:
-        if entry.name.startswith(".") or entry.name == "__MACOSX":
-            continue
-        if entry.is_dir():
-            real = os.path.realpath(entry.path)
-            if real not in parents:
-                yield from _walk(entry.path, f"{prefix}{entry.name}/", (*parents, real))
-        else:
-            yield prefix + entry.name
-
-
-def name_problem(source: str) -> str:
-    """Return why a path cannot stand in a sources file, or an empty string."""
-    if any(character in source for character in "\t\n\r"):
-        return "its name holds a tab or a line break; rename it"
-    try:
-        source.encode("utf-8")
-    except UnicodeEncodeError:
-        return "its name is not UTF-8; rename it"
-    return ""

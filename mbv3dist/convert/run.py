@@ -1,36 +1,44 @@
-"""From records to finished splits: prepare, report, shuffle, pack, publish.
+"""From records to finished splits: prepare, report, pack, publish.
 
-Work in progress lies in ``OUT/.SPLIT.part``: ``prepared/`` (see prepare.py) and ``shards/``. Whole
-pieces are found again when a killed conversion is started with the same input and settings. A
-split is published by renaming its folder; ``SPLIT.json`` comes last and makes it visible.
+A conversion is one part, or one of several that are started each on its own (see parts.py); what a
+part does is in work.py. A split is published by renaming its folder of shards; ``SPLIT.json`` comes
+last and makes it visible.
 """
 
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
-import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict
 
-import numpy as np
-
-from mbv3dist.convert.prepare import prepare_chunk
+from mbv3dist.convert.conversion import (
+    Conversion,
+    Ticker,
+    by_file,
+    check_problems,
+    part_report,
+    plan_of,
+)
+from mbv3dist.convert.files import name_problem
+from mbv3dist.convert.locks import locked
+from mbv3dist.convert.order import PackOrder
+from mbv3dist.convert.parts import (
+    agree,
+    discard,
+    gather,
+    is_planned,
+    mark_done,
+    part_folder,
+    publish_gathered,
+)
 from mbv3dist.convert.publish import (
-    check_agreement,
-    check_replaceable,
     failure_path,
     find_finished,
-    part_path,
-    publish,
-    raise_problems,
-    write_report,
+    remove_leftovers,
 )
 from mbv3dist.convert.records import (
     ConvertReport,
@@ -38,34 +46,26 @@ from mbv3dist.convert.records import (
     Options,
     Problem,
     Settings,
-    SplitReport,
-    name_problem,
 )
-from mbv3dist.convert.workers import run_all
-from mbv3dist.convert.writer import Entry, cut_shards, done_file, pack_shard
-from mbv3dist.data.index import TARGET_EXTENSIONS
-
-_CHUNK = 64  # records that a worker prepares at a time
-_SHUFFLE_PURPOSE = 0x5061636B  # keeps these draws apart from all others of the same seed
-_CUT_PURPOSE = 0x43757456
-
-
-@dataclass
-class _Prepared:
-    """A split between its two halves: entries and sources in pack order."""
-
-    job: Job
-    part: Path
-    digest: str
-    entries: list[Entry]
-    sources: list[str]
-    problems: list[Problem]
-    counts: Counter[str]
-    num_boxes: int
+from mbv3dist.convert.targets import (
+    Target,
+    check_agreement,
+    check_replaceable,
+    lock_path,
+)
+from mbv3dist.convert.work import (
+    Work,
+    note_file,
+    open_work,
+    own_problems,
+    pack,
+    prepare,
+)
+from mbv3dist.data.manifest import write_manifest
 
 
 def convert_jobs(
-    out: Path,
+    target: Target,
     jobs: Sequence[Job],
     *,
     settings: Settings,
@@ -73,10 +73,10 @@ def convert_jobs(
     roots: Sequence[str],
     options: Options,
 ) -> ConvertReport:
-    """Write splits into a data set's folder.
+    """Write splits, or a part of each, into a data set's folder, and send them to its URL.
 
     Args:
-        out: Folder of the data set.
+        target: Where the data set goes.
         jobs: The splits with their records.
         settings: How pictures become samples.
         classes: Class names, in order.
@@ -88,281 +88,218 @@ def convert_jobs(
         ValueError: if a split exists or the data set has another task or other classes.
         OSError: if reading or writing fails.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    names = [job.split for job in jobs]
-    check_agreement(out, names, settings.task, classes, overwrite=options.overwrite)
     common = [asdict(settings), list(classes), list(roots), options.seed, options.shard_bytes]
-    digests = [_digests(common, job) for job in jobs]
-    finished = find_finished(out, names, [pair[0] for pair in digests], options)
-    if finished is not None:
-        for name in names:
-            failure_path(out, name).unlink(missing_ok=True)
-        return ConvertReport(out, settings.task, tuple(classes), finished, reused=True)
-    for name in names:
-        check_replaceable(out, name)
-    parts = [part_path(out, name) for name in names]
+    works = []
+    for job in jobs:
+        _set_aside_bad_names(job)
+        order = PackOrder(job, settings, options.seed)
+        works.append(Work(job, settings, options, classes, common, order))
     description = {
         "task": settings.task,
         "classes": list(classes),
         "source": list(roots),
         "seed": options.seed,
     }
-    with _locked(parts):
-        try:
-            splits = _convert(out, jobs, parts, digests, settings, options, description)
-        except (ValueError, OSError) as error:
-            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-            if full or isinstance(error, ValueError):
-                for part in parts:
-                    shutil.rmtree(part, ignore_errors=True)
-            raise
-    return ConvertReport(out, settings.task, tuple(classes), splits, reused=False)
+    conversion = Conversion(target, works, options, description)
+    return _convert_locally(conversion) if target.url is None else _convert_to_url(conversion)
 
 
-def _convert(
-    out: Path,
-    jobs: Sequence[Job],
-    parts: Sequence[Path],
-    digests: Sequence[tuple[str, str]],
-    settings: Settings,
-    options: Options,
-    description: dict[str, Any],
-) -> dict[str, SplitReport]:
-    """Prepare all splits, stop if there is bad input, then pack and publish them."""
-    ticker = _Ticker(options.progress, sum(len(job.records) for job in jobs))
-    prepared = []
-    for job, part, (digest, state) in zip(jobs, parts, digests, strict=True):
-        _open_part(part, state)
-        prepared.append(_prepare(job, part, digest, settings, options, ticker))
-    _check_problems(out, prepared, options.on_error)
-    rows = [_pack(item, settings, options, ticker) for item in prepared]
-    return {
-        item.job.split: publish(
-            out,
-            item.job.split,
-            part=item.part,
-            shards=shards,
-            sources=item.sources,
-            description={**description, "boxes": item.num_boxes, "conversion": item.digest},
-            problems=item.problems,
-            counts=item.counts,
-        )
-        for item, shards in zip(prepared, rows, strict=True)
-    }
+def _convert_to_url(conversion: Conversion) -> ConvertReport:
+    """Make the splits in a local folder and send them, unless they are at the URL already."""
+    from mbv3dist.convert.upload import find_published, look_up, remove_staged, stage, upload
+    from mbv3dist.data.remote import Remote
+
+    names, options, folder = conversion.names, conversion.options, conversion.out
+    assert conversion.target.url is not None
+    remote = Remote(conversion.target.url)
+    task, classes = conversion.description["task"], conversion.description["classes"]
+    there = look_up(remote, names, task, classes, overwrite=options.overwrite)
+    jobs = [work.job for work in conversion.works]
+    published = find_published(remote, there, jobs, conversion.digest_of, options)
+    if published is not None:
+        remove_staged(folder, names, options)
+        return conversion.report(published, reused=True)
+    stage(folder, names)
+    report = _convert_locally(conversion)
+    if report.waiting:
+        return report
+    return conversion.report(upload(remote, folder, report.splits, there, options))
 
 
-def cut_validation(job: Job, options: Options) -> list[Job]:
-    """Return the job alone, or with its ``val`` split cut from it.
-
-    The cut is made by class where records have one, else at random; both sides keep the order of
-    the records. A class of two or more has samples on both sides.
-
-    Raises:
-        ValueError: if that leaves nothing for ``val``.
-    """
-    if not options.val_fraction:
-        return [job]
-    records = job.records
-    labels = np.array([record.label for record in records], dtype=np.int64)
-    chosen = np.zeros(len(records), dtype=np.bool_)
-    words = random_words(len(records), options.seed, _CUT_PURPOSE)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        count = int(len(members) * options.val_fraction + 0.5)
-        count = min(max(count, 1), len(members) - 1)
-        chosen[members[np.argsort(words[members], kind="stable")[:count]]] = True
-    # With bad input in the source, that is what is said, later.
-    if records and not chosen.any() and not job.problems:
-        raise ValueError(
-            f"--val-fraction {options.val_fraction:g} leaves none of {len(records)} pictures for "
-            "'val': a class needs two to give one; add pictures or leave --val-fraction out"
-        )
-    validation = [record for record, val in zip(records, chosen, strict=True) if val]
-    job.records = [record for record, val in zip(records, chosen, strict=True) if not val]
-    return [job, Job("val", validation)]
+def _convert_locally(conversion: Conversion) -> ConvertReport:
+    """Make the splits in their folder."""
+    conversion.out.mkdir(parents=True, exist_ok=True)
+    overwrite, task = conversion.options.overwrite, conversion.description["task"]
+    classes = conversion.description["classes"]
+    check_agreement(conversion.out, conversion.names, task, classes, overwrite=overwrite)
+    finished = _find_finished(conversion)
+    if finished is not None:
+        return finished
+    whole = conversion.options.part is None
+    return _convert_whole(conversion) if whole else _convert_part(conversion)
 
 
-def random_words(count: int, seed: int, purpose: int) -> np.ndarray:
-    """Return uint64 [count] that are the same on every platform and NumPy release."""
-    return np.random.Philox(key=[seed, purpose]).random_raw(count)
+def _set_aside_bad_names(job: Job) -> None:
+    """Make problems of records whose names cannot be written down."""
+    reasons = [name_problem(record.source) for record in job.records]
+    if any(reasons):
+        for record, reason in zip(job.records, reasons, strict=True):
+            if reason:
+                job.complain(ascii(record.source), reason, "bad_picture")
+        pairs = zip(job.records, reasons, strict=True)
+        job.records = [record for record, reason in pairs if not reason]
 
 
-class _Ticker:
-    """Counts pictures prepared and packed for the caller's progress display."""
+def _find_finished(conversion: Conversion) -> ConvertReport | None:
+    """Return the report if the splits are there already, made from the same input and settings."""
+    options = conversion.options
+    # A part cannot know that the others start anew; what waits to be sent is not made again.
+    keep_same = options.part is not None or conversion.target.url is not None
+    jobs = [work.job for work in conversion.works]
+    found = find_finished(conversion.out, jobs, conversion.digest_of, options, keep_same=keep_same)
+    if found is None:
+        return None
+    for work in conversion.works:
+        _sweep(conversion, work)
+    return conversion.report(found, reused=True)
 
-    def __init__(self, progress: Callable[[int, int], None] | None, num_records: int) -> None:
-        self._progress = progress
-        self._total = 2 * num_records
-        self._done = 0
 
-    def add(self, count: int) -> None:
-        self._done = min(self._done + count, self._total)
-        if self._progress is not None:
-            self._progress(self._done, self._total)
-
-
-def _digests(common: list[Any], job: Job) -> tuple[str, str]:
-    """Return digests of what goes in: one to publish, one that also knows paths and times."""
-    public, private = hashlib.sha256(), hashlib.sha256()
-    for digest in (public, private):
-        digest.update(json.dumps([*common, job.split], ensure_ascii=True).encode("ascii"))
-        digest.update(repr(sorted(map(str, job.problems))).encode("utf-8", "backslashreplace"))
-    for record in job.records:
-        try:
-            status = os.stat(record.path)
-            size, time_ns = status.st_size, status.st_mtime_ns
-        except OSError:
-            size = time_ns = -1
-        row = (record.source, record.label, record.boxes, record.declared_size, size)
-        public.update(repr(row).encode("utf-8", "backslashreplace"))
-        private.update(repr((*row, record.path, time_ns)).encode("utf-8", "backslashreplace"))
-    return public.hexdigest(), private.hexdigest()
+def _sweep(conversion: Conversion, work: Work) -> None:
+    """Remove what failures left of a split that is finished, and kills behind its last step."""
+    name, folder = work.job.split, conversion.folder(work)
+    failure_path(conversion.out, name).unlink(missing_ok=True)
+    if (
+        conversion.options.part is not None
+        and folder.exists()
+        and not is_planned(folder, plan_of(work))
+    ):
+        return  # other parts are making the split anew
+    lock = lock_path(conversion.out, name)
+    if lock.exists() or folder.exists() or folder.with_name(f"{folder.name}.old").exists():
+        # Whoever holds the lock is another conversion, which cleans up itself.
+        with suppress(ValueError), locked(lock):
+            write_manifest(conversion.out / f"{name}.json")
+            remove_leftovers(conversion.out, name)
+            discard(folder)
 
 
 @contextmanager
-def _locked(parts: Sequence[Path]) -> Iterator[None]:
-    """Hold the folders of work in progress, so that two conversions never mix."""
-    handles = []
-    try:
-        for part in parts:
-            part.mkdir(exist_ok=True)
-            if os.name == "posix":
-                import fcntl
-
-                handles.append(os.open(part, os.O_RDONLY))
-                try:
-                    fcntl.flock(handles[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-                except BlockingIOError as error:
-                    raise ValueError(
-                        f"another conversion is writing to {part}; wait until it ends"
-                    ) from error
+def _locked(conversion: Conversion, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    """Hold the locks of all splits."""
+    with ExitStack() as stack:
+        for name in conversion.names:
+            path = lock_path(conversion.out, name)
+            stack.enter_context(locked(path, shared=shared, wait=wait))
         yield
-    finally:
-        for handle in handles:
-            os.close(handle)
 
 
-def _open_part(part: Path, state: str) -> None:
-    """Keep the work in progress if it is of the same input and settings, else clear it."""
-    file = part / "state"
-    if not file.is_file() or file.read_text() != state:
-        for path in part.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        file.write_text(state)
-    (part / "prepared").mkdir(exist_ok=True)
-    (part / "shards").mkdir(exist_ok=True)
+def _convert_whole(conversion: Conversion) -> ConvertReport:
+    with _locked(conversion):
+        for name in conversion.names:
+            check_replaceable(conversion.out, name)
+        folders = [conversion.folder(work) for work in conversion.works]
+        for work, folder in zip(conversion.works, folders, strict=True):
+            work.enter(folder)
+        try:
+            _run(conversion)
+            return _merge(conversion)
+        except (ValueError, OSError) as error:
+            if isinstance(error, ValueError) or _is_full(error):
+                for folder in folders:
+                    shutil.rmtree(folder, ignore_errors=True)
+            raise
 
 
-def _prepare(
-    job: Job,
-    part: Path,
-    digest: str,
-    settings: Settings,
-    options: Options,
-    ticker: _Ticker,
-) -> _Prepared:
-    """Decode and check all pictures of a split, then shuffle."""
-    folder = part / "prepared"
-    records, named_wrong = [], []
-    for record in job.records:
-        reason = name_problem(record.source)
-        if reason:
-            named_wrong.append(Problem(ascii(record.source), reason, "bad_picture"))
+def _convert_part(conversion: Conversion) -> ConvertReport:
+    """Do this part; merge all if it is the last."""
+    part = conversion.options.part
+    assert part is not None
+    waiting: set[int] = set()
+    with _locked(conversion, shared=True, wait=True), ExitStack() as own:
+        finished = _find_finished(conversion)  # merged while this part waited for the lock
+        if finished is not None:
+            return finished
+        for work in conversion.works:
+            check_replaceable(conversion.out, work.job.split)
+            folder = conversion.folder(work)
+            agree(folder, plan_of(work), part)
+            work.enter(part_folder(folder, part[0]))
+            own.enter_context(locked(folder / f"{part[0]:05d}.lock"))
+        try:
+            _run(conversion)
+        except OSError as error:
+            if _is_full(error):
+                for work in conversion.works:
+                    shutil.rmtree(work.folder, ignore_errors=True)
+            raise
+        for work in conversion.works:
+            waiting.update(mark_done(conversion.folder(work), part))
+        done = {work.job.split: part_report(work) for work in conversion.works}
+    if waiting:
+        return conversion.report(done, waiting=sorted(waiting))
+    # Alone now: parts that are started again at this moment wait.
+    with _locked(conversion, wait=True):
+        finished = _find_finished(conversion)
+        if finished is not None:
+            return finished
+        for number in range(1, part[1] + 1):
+            folders = [part_folder(conversion.folder(work), number) for work in conversion.works]
+            if not all(note_file(folder).is_file() for folder in folders):
+                waiting.add(number)
+        if waiting:
+            return conversion.report(done, waiting=sorted(waiting))
+        return _merge(conversion)
+
+
+def _is_full(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
+def _run(conversion: Conversion) -> None:
+    """Prepare all splits, stop if there is bad input, then pack them."""
+    total = sum(len(work.share.records) for work in conversion.works)
+    tick = Ticker(conversion.options.progress, total).add
+    todo = []
+    for work in conversion.works:
+        if open_work(work):
+            note = json.loads(note_file(work.folder).read_bytes())
+            work.problems = [Problem(**row) for row in note["problems"]]
+            work.counts = Counter(note["counts"])
+            tick(2 * len(work.share.records))
         else:
-            records.append(record)
-    chunks = [records[start : start + _CHUNK] for start in range(0, len(records), _CHUNK)]
-    missing = [n for n in range(len(chunks)) if not (folder / f"{n:06d}.json").is_file()]
-    calls = [(chunks[number], settings, folder, number) for number in missing]
-    ticker.add(len(job.records) - sum(len(call[0]) for call in calls))
-    for position, _ in run_all(prepare_chunk, calls, workers=options.workers):
-        ticker.add(len(calls[position][0]))
-
-    entries: list[Entry] = []
-    sources: list[str] = []
-    problems = [*job.problems, *named_wrong]
-    counts = Counter(job.counts)
-    num_boxes = 0
-    for number in range(len(chunks)):
-        result = json.loads((folder / f"{number:06d}.json").read_bytes())
-        for source, path, picture_offset, picture_size, target_offset, target_size, boxes in result[
-            "samples"
-        ]:
-            entries.append(
-                Entry(number, path, picture_offset, picture_size, target_offset, target_size)
-            )
-            sources.append(source)
-            num_boxes += boxes
-        problems += [Problem(*row) for row in result["problems"]]
-        counts += Counter(result["counts"])
-    order = np.argsort(random_words(len(entries), options.seed, _SHUFFLE_PURPOSE), kind="stable")
-    return _Prepared(
-        job=job,
-        part=part,
-        digest=digest,
-        entries=[entries[number] for number in order],
-        sources=[sources[number] for number in order],
-        problems=sorted(problems, key=lambda problem: problem.file),
-        counts=counts,
-        num_boxes=num_boxes,
-    )
+            prepare(work, tick)
+            todo.append(work)
+    found = {
+        work.job.split: (by_file(own_problems(work) + work.problems), work.counts)
+        for work in conversion.works
+    }
+    check_problems(conversion, found, conversion.options.part)
+    for work in todo:
+        pack(work, tick)
 
 
-def _check_problems(out: Path, prepared: Sequence[_Prepared], on_error: str) -> None:
-    """Raise if there is bad input that must not be skipped, or a split would be empty."""
-    reports = {failure_path(out, item.job.split): item.problems for item in prepared}
-    if on_error == "fail":
-        for item, path in zip(prepared, reports, strict=True):
-            if item.problems:
-                write_report(path, item.job.split, "failed", item.problems, item.counts, 0, 0)
-            else:
-                path.unlink(missing_ok=True)
-        raise_problems(reports)
-    for item in prepared:
-        if not item.entries:
+def _merge(conversion: Conversion) -> ConvertReport:
+    """Publish all splits from parts that are done, and remove the work in progress."""
+    gathered = []
+    for work in conversion.works:
+        folder, count = conversion.folder(work), work.part[1]
+        folders = [folder]
+        if conversion.options.part is not None:
+            folders = [part_folder(folder, number) for number in range(1, count + 1)]
+        gathered.append(gather(work, folders))
+    found = {item.work.job.split: (item.problems, item.counts) for item in gathered}
+    check_problems(conversion, found, None)
+    for item in gathered:
+        if not item.num_samples:
             raise ValueError(
-                f"split {item.job.split!r} has no usable sample ({len(item.problems)} problems in "
-                "the input); check the source folder"
+                f"split {item.work.job.split!r} has no usable sample ({len(item.problems)} "
+                "problems in the input); check the source folder"
             )
-
-
-def _pack(
-    item: _Prepared,
-    settings: Settings,
-    options: Options,
-    ticker: _Ticker,
-) -> list[dict[str, Any]]:
-    """Write the shards that are not there yet; return a row for each."""
-    folder = item.part / "shards"
-    starts = cut_shards(item.entries, options.shard_bytes)
-    rows: list[dict[str, Any] | None] = [
-        _whole_shard(folder, number) for number in range(len(starts) - 1)
-    ]
-    missing = [number for number, row in enumerate(rows) if row is None]
-    extension = TARGET_EXTENSIONS[settings.task]
-    calls = [
-        (
-            item.entries[starts[number] : starts[number + 1]],
-            starts[number],
-            extension,
-            item.part / "prepared",
-            folder,
-            number,
-        )
-        for number in missing
-    ]
-    for position, row in run_all(pack_shard, calls, workers=options.workers):
-        rows[missing[position]] = row
-        ticker.add(len(calls[position][0]))
-    for path in folder.glob("*.tmp"):
-        path.unlink()  # of a worker that was killed
-    ticker.add(len(item.job.records))
-    return [row for row in rows if row is not None]
-
-
-def _whole_shard(folder: Path, number: int) -> dict[str, Any] | None:
-    """Return the row of a shard that an earlier, killed run has finished, or None."""
-    tar, done = folder / f"{number:06d}.tar", done_file(folder, number)
-    if not done.is_file() or not tar.is_file():
-        return None
-    row: dict[str, Any] = json.loads(done.read_bytes())
-    return row if tar.stat().st_size == row["filesize"] else None
+    splits = {}
+    for item in gathered:
+        folder = conversion.folder(item.work)
+        name, described = item.work.job.split, conversion.description
+        splits[name] = publish_gathered(conversion.out, item, folder, described)
+    for item in gathered:
+        discard(conversion.folder(item.work))
+    return conversion.report(splits)

@@ -10,21 +10,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Unpack
 
-from mbv3dist.convert.publish import check_targets
+from mbv3dist.convert.files import check_folder
+from mbv3dist.convert.order import cut_validation
 from mbv3dist.convert.records import (
     Box,
     ConvertOptions,
     ConvertReport,
     Job,
     Options,
-    Problem,
     Record,
     Settings,
     check_classes,
-    check_folder,
     read_class_file,
 )
-from mbv3dist.convert.run import convert_jobs, cut_validation
+from mbv3dist.convert.run import convert_jobs
+from mbv3dist.convert.targets import check_targets, open_target
 from mbv3dist.convert.voc_root import VocRoot, choose_ids, find_picture, open_root
 from mbv3dist.convert.voc_xml import Annotation
 
@@ -43,7 +43,7 @@ def convert_voc(
 
     Args:
         roots: One or several VOC folders, such as ``VOC2007`` and ``VOC2012``.
-        out: Folder of the data set, made if needed.
+        out: Folder of the data set, made if needed, or its s3, gs or hf URL.
         split: Name of the split, that of ``ImageSets/Main/SPLIT.txt`` where there are such lists.
         task: ``detection``, or ``classification`` by the largest object of each picture.
         object_crops: For classification: each object, cut out, is a sample instead.
@@ -51,7 +51,8 @@ def convert_voc(
             all annotations of all roots.
         **options: ``val_fraction``, ``seed``, ``resize`` (boxes with their pictures),
             ``quality``, ``on_error`` (``skip`` drops bad boxes and keeps their pictures),
-            ``workers``, ``shard_bytes``, ``overwrite``, ``progress``: see ``Options``.
+            ``workers``, ``shard_bytes``, ``overwrite``, ``progress``, ``part``, ``work``,
+            ``keep_local``: see ``Options``.
 
     Raises:
         ConversionError: naming every problem, with ``on_error="fail"``.
@@ -63,16 +64,19 @@ def convert_voc(
         raise ValueError(f"--task is {task!r}; use 'detection' or 'classification'")
     if object_crops and task != "classification":
         raise ValueError("object crops are for classification; add --task classification")
-    folders = _check_roots(roots, out)
-    check_targets(Path(out), folders, checked)
+    target = open_target(out, checked)
+    folders = _check_roots(roots, target.folder)
+    check_targets(target.folder, folders, checked)
     names = _root_names(folders)
     prefixes = [f"{name}/" if len(folders) > 1 else "" for name in names]
     opened = [open_root(folder, prefix) for folder, prefix in zip(folders, prefixes, strict=True)]
     class_names = _class_list(opened, classes)
+    jobs = cut_validation(_scan(opened, split, class_names), checked)
+    del opened  # the annotations of all splits: the records hold what is needed of them
     label_from = "boxes" if task == "detection" else "crops" if object_crops else "largest"
     return convert_jobs(
-        Path(out),
-        cut_validation(_scan(opened, split, class_names), checked),
+        target,
+        jobs,
         settings=Settings(task, label_from, checked.resize, checked.quality),
         classes=class_names,
         roots=names,
@@ -80,7 +84,7 @@ def convert_voc(
     )
 
 
-def _check_roots(roots: Sequence[str | Path] | str | Path, out: str | Path) -> list[Path]:
+def _check_roots(roots: Sequence[str | Path] | str | Path, out: Path) -> list[Path]:
     given = [roots] if isinstance(roots, str | Path) else list(roots)
     if not given:
         raise ValueError("no VOC folder given; name one or several")
@@ -120,7 +124,7 @@ def _class_list(roots: Sequence[VocRoot], classes: Sequence[str] | None) -> list
     for root in roots:
         for item in root.annotations.values():
             if isinstance(item, Annotation):
-                found |= item.names
+                found.update(item.names)
     if not found:
         where = ", ".join(repr(str(root.folder)) for root in roots)
         raise ValueError(
@@ -135,12 +139,13 @@ def _scan(roots: Sequence[VocRoot], split: str, classes: Sequence[str]) -> Job:
     numbers = {name: number for number, name in enumerate(classes)}
     job = Job(split, [])
     for root in roots:
-        ids, listed = choose_ids(root, split)
-        job.counts["repeated_list_lines"] += len(ids) - len(set(ids))
+        ids, num_repeated = choose_ids(root, split)
+        job.counts["repeated_list_lines"] += num_repeated or 0
+        job.counts += root.counts
         used: dict[str, str] = {}
-        for key in sorted(set(ids)):
+        for key in ids:
             _add_record(job, root, key, numbers, used)
-        if not listed:
+        if num_repeated is None:
             job.counts["pictures_without_annotation"] += sum(
                 name not in used for name in root.picture_names
             )
@@ -158,36 +163,37 @@ def _add_record(
     annotation = root.annotations.get(key)
     file = root.prefix + root.annotation_name(key)
     if annotation is None:
-        job.problems.append(Problem(file, "listed, but there is no such file", "missing_file"))
+        job.complain(file, "listed, but there is no such file", "missing_file")
         return
     if isinstance(annotation, str):
-        job.problems.append(Problem(file, annotation, "bad_annotation"))
+        job.complain(file, annotation, "bad_annotation")
         return
     for reason in annotation.refused:
-        job.problems.append(Problem(file, reason, "bad_box"))
+        job.complain(file, reason, "bad_box")
     boxes = []
     for item in annotation.objects:
         if item.name not in numbers:
             reason = f"object {item.number}: class {item.name!r} is not in the class list"
-            job.problems.append(Problem(file, reason, "unknown_class"))
+            job.complain(file, reason, "unknown_class")
             continue
         boxes.append(Box(item.half_open, numbers[item.name], item.difficult, item.number))
     picture = find_picture(root, key, annotation.filename)
     if picture is None:
         reason = f"no picture of that name (<filename> is {annotation.filename!r})"
-        job.problems.append(Problem(file, reason, "missing_file"))
+        job.complain(file, reason, "missing_file")
         return
     if picture in used:
         reason = f"<filename> names {root.prefix + picture}, the picture of {used[picture]} already"
-        job.problems.append(Problem(file, reason, "missing_file"))
+        job.complain(file, reason, "missing_file")
         return
     used[picture] = file
     if Path(picture).name != annotation.filename:
         job.counts["filename_differs"] += 1
     job.records.append(
         Record(
-            str(root.folder / picture),
+            str(root.folder),
             root.prefix + picture,
+            root.prefix,
             boxes=tuple(boxes),
             declared_size=annotation.size,
         )

@@ -5,10 +5,20 @@ An id is the path of an XML in its folder without ``.xml``; it may hold dots and
 
 from __future__ import annotations
 
+import io
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from mbv3dist.convert.records import walk_files
+from mbv3dist.convert.files import (
+    MAX_LIST_BYTES,
+    MAX_XML_BYTES,
+    UnusableFileError,
+    read_bounded,
+    show,
+    walk_files,
+)
+from mbv3dist.convert.records import MAX_PATH, MAX_PROBLEMS
 from mbv3dist.convert.voc_xml import Annotation, AnnotationError, parse_annotation
 from mbv3dist.data.formats import PICTURE_SUFFIXES, is_picture
 
@@ -30,6 +40,7 @@ class VocRoot:
         picture_names: Paths of all pictures relative to the root.
         lists: The folder ImageSets/Main, or None if it has no list.
         upper_case: Ids whose XML ends in another case than ``.xml``, with their file names.
+        counts: What was found on the way: files linked from outside the root.
     """
 
     folder: Path
@@ -40,6 +51,7 @@ class VocRoot:
     picture_names: list[str]
     lists: Path | None
     upper_case: dict[str, str]
+    counts: Counter[str]
 
     def annotation_name(self, key: str) -> str:
         """Return the path of an id's XML relative to the root."""
@@ -61,15 +73,17 @@ def open_root(folder: Path, prefix: str) -> VocRoot:
         )
     annotations: dict[str, Annotation | str] = {}
     upper_case = {}
-    for name in walk_files(folder / xml_folder):
+    counts: Counter[str] = Counter()
+    for name in walk_files(folder / xml_folder, counts, inside=folder):
         if not name.lower().endswith(".xml"):
             continue
         key = name[: -len(".xml")]
         if not name.endswith(".xml"):
             upper_case[key] = name
         try:
-            annotations[key] = parse_annotation((folder / xml_folder / name).read_bytes())
-        except AnnotationError as error:
+            data = read_bounded(folder / xml_folder / name, MAX_XML_BYTES)
+            annotations[key] = parse_annotation(data)
+        except (AnnotationError, UnusableFileError) as error:
             annotations[key] = str(error)
         except OSError as error:
             annotations[key] = f"cannot be read: {error.strerror or type(error).__name__}"
@@ -78,7 +92,7 @@ def open_root(folder: Path, prefix: str) -> VocRoot:
             f"no annotation (*.xml) in {str(folder / xml_folder)!r}; name a folder with "
             "Annotations/ and JPEGImages/, or with XML files beside pictures"
         )
-    pictures, names = _list_pictures(folder, xml_folder)
+    pictures, names = _list_pictures(folder, xml_folder, counts)
     lists = folder / "ImageSets" / "Main"
     has_lists = lists.is_dir() and any(lists.glob("*.txt"))
     return VocRoot(
@@ -90,10 +104,13 @@ def open_root(folder: Path, prefix: str) -> VocRoot:
         names,
         lists if has_lists else None,
         upper_case,
+        counts,
     )
 
 
-def _list_pictures(folder: Path, xml_folder: str) -> tuple[dict[str, list[str]], list[str]]:
+def _list_pictures(
+    folder: Path, xml_folder: str, counts: Counter[str]
+) -> tuple[dict[str, list[str]], list[str]]:
     """Return pictures by path without suffix, and all of them, relative to the root."""
     inner = next((name for name in _PICTURE_FOLDERS if (folder / name).is_dir()), None)
     # Without such a folder pictures lie beside the XML, or at the root beside Annotations/.
@@ -101,7 +118,9 @@ def _list_pictures(folder: Path, xml_folder: str) -> tuple[dict[str, list[str]],
     pictures: dict[str, list[str]] = {}
     names: list[str] = []
     for place in places:
-        for name in walk_files(folder / place):
+        # Where XML and pictures lie in one place, its links are counted already.
+        seen = counts if place != xml_folder else None
+        for name in walk_files(folder / place, seen, inside=folder):
             if not is_picture(name) or (place == "" and name.startswith("Annotations/")):
                 continue
             names.append(place + name)
@@ -138,14 +157,16 @@ def find_picture(root: VocRoot, key: str, filename: str) -> str | None:
     return next(iter(exact or candidates), None)
 
 
-def choose_ids(root: VocRoot, split: str) -> tuple[list[str], bool]:
-    """Return the ids of a split, and whether a list named them (else it is all ids).
+def choose_ids(root: VocRoot, split: str) -> tuple[list[str], int | None]:
+    """Return the ids of a split, sorted, and how many lines of its list repeat another.
+
+    Without lists these are all ids, and None.
 
     Raises:
-        ValueError: if the root has lists, but none of that name.
+        ValueError: if the root has lists, but none of that name, or that one is no such list.
     """
     if root.lists is None:
-        return sorted(root.annotations), False
+        return sorted(root.annotations), None
     path = root.lists / f"{split}.txt"
     if not path.is_file():
         present = sorted(item.stem for item in root.lists.glob("*.txt"))
@@ -154,11 +175,26 @@ def choose_ids(root: VocRoot, split: str) -> tuple[list[str], bool]:
             f"{str(root.folder)!r} has no list ImageSets/Main/{split}.txt; it has "
             f"{', '.join(short[:10])}: name one with --split"
         )
+    ids: set[str] = set()
+    num_lines = 0
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        file = io.TextIOWrapper(io.BytesIO(read_bounded(path, MAX_LIST_BYTES)), "utf-8-sig")
+        while line := file.readline(MAX_PATH + 1):
+            if len(line) > MAX_PATH:
+                raise ValueError(f"{str(path)!r} has a line of more than {MAX_PATH} characters")
+            if line.strip():
+                num_lines += 1
+                ids.add(_line_to_id(line.strip(), root))
+            if len(ids) > len(root.annotations) + MAX_PROBLEMS:
+                raise ValueError(
+                    f"{str(path)!r} names far more annotations than there are, such as "
+                    f"{show(line.strip(), 80)!r}; check that it belongs to this folder"
+                )
+    except UnusableFileError as error:
+        raise ValueError(f"{str(path)!r} is not read: {error}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{str(path)!r} is not UTF-8 text; save it as UTF-8") from error
-    return [_line_to_id(line.strip(), root) for line in lines if line.strip()], True
+    return sorted(ids), num_lines - len(ids)
 
 
 def _line_to_id(line: str, root: VocRoot) -> str:

@@ -8,12 +8,15 @@ and <size> may be wrong: the picture itself decides.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from xml.etree.ElementTree import Element, ParseError, TreeBuilder
 
-if TYPE_CHECKING:
-    from xml.etree.ElementTree import Element
+from mbv3dist.convert.files import show
+from mbv3dist.convert.records import MAX_NAME
 
+_MAX_DEPTH = 100  # elements within elements; annotations have four
 _SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -46,14 +49,14 @@ class Annotation:
         size: (width, height) claimed by <size>, or None.
         objects: Usable objects.
         refused: Why each other object cannot be used.
-        names: Class names of all objects, usable or not.
+        names: Class names of all objects, usable or not, each once, sorted.
     """
 
     filename: str
     size: tuple[int, int] | None
     objects: tuple[VocObject, ...]
     refused: tuple[str, ...]
-    names: frozenset[str]
+    names: tuple[str, ...]  # not a set: that takes 200 bytes more for each picture
 
 
 def parse_annotation(data: bytes) -> Annotation:
@@ -62,38 +65,63 @@ def parse_annotation(data: bytes) -> Annotation:
     Raises:
         AnnotationError: if it is no XML or no annotation.
     """
-    from xml.etree.ElementTree import ParseError
-
-    from defusedxml import DefusedXmlException, ElementTree
+    from defusedxml import DefusedXmlException
+    from defusedxml.ElementTree import DefusedXMLParser
 
     if not data.strip():
         raise AnnotationError("the file is empty")
+    # Entities can grow without bound or name other files, and need a DOCTYPE to be declared in.
+    parser = DefusedXMLParser(target=_BoundedBuilder(), forbid_dtd=True)
     try:
-        root = ElementTree.fromstring(data)
+        parser.feed(data)
+        root = parser.close()
+    except AnnotationError:
+        raise
     except DefusedXmlException as error:
-        raise AnnotationError(f"XML with entities is refused ({type(error).__name__})") from error
+        what = type(error).__name__
+        raise AnnotationError(f"XML with a DOCTYPE or entities is refused ({what})") from error
     except (ParseError, ValueError, LookupError) as error:
-        raise AnnotationError(f"damaged XML ({error})") from error
+        raise AnnotationError(f"damaged XML ({show(str(error))})") from error
     if root.tag != "annotation":
-        raise AnnotationError(f"its root element is <{root.tag}>, not <annotation>")
+        raise AnnotationError(f"its root element is <{show(root.tag)}>, not <annotation>")
     objects, refused, names = [], [], set()
     for number, element in enumerate(root.findall("object"), start=1):
-        name = _text(element, "name")
-        if name:
+        name = sys.intern(_text(element, "name"))
+        if 0 < len(name) <= MAX_NAME:
             names.add(name)
         item = _read_object(element, number, name)
         if isinstance(item, VocObject):
             objects.append(item)
         else:
-            refused.append(f"object {number} ({name or 'no name'}): {item}")
+            refused.append(show(f"object {number} ({show(name, 80) or 'no name'}): {item}"))
     filename = _text(root, "filename").replace("\\", "/").rpartition("/")[2]
-    return Annotation(filename, _size(root), tuple(objects), tuple(refused), frozenset(names))
+    return Annotation(filename, _size(root), tuple(objects), tuple(refused), tuple(sorted(names)))
+
+
+class _BoundedBuilder(TreeBuilder):
+    """Builds the tree of an XML and stops at a depth that no annotation has."""
+
+    _depth = 0
+
+    def start(self, tag: str, attrs: dict[str, str], /) -> Element:
+        """Open an element."""
+        self._depth += 1
+        if self._depth > _MAX_DEPTH:
+            raise AnnotationError(f"its elements are nested more than {_MAX_DEPTH} deep")
+        return super().start(tag, attrs)
+
+    def end(self, tag: str, /) -> Element:
+        """Close an element."""
+        self._depth -= 1
+        return super().end(tag)
 
 
 def _read_object(element: Element, number: int, name: str) -> VocObject | str:
     """Return the object, or why it cannot be used."""
     if not name:
         return "it has no <name>"
+    if len(name) > MAX_NAME:
+        return f"its <name> has {len(name)} characters, more than {MAX_NAME}"
     box = element.find("bndbox")
     if box is None:
         return "it has no <bndbox>"
@@ -103,7 +131,7 @@ def _read_object(element: Element, number: int, name: str) -> VocObject | str:
         try:
             values.append(float(text))
         except ValueError:
-            return f"its <{side}> is {text!r}, not a number"
+            return f"its <{side}> is {show(text, 80)!r}, not a number"
     if not all(math.isfinite(value) for value in values):
         return f"its box {_show(values)} is not finite"
     xmin, ymin, xmax, ymax = values
@@ -127,6 +155,12 @@ def _size(root: Element) -> tuple[int, int] | None:
     if size is None:
         return None
     try:
-        return int(float(_text(size, "width"))), int(float(_text(size, "height")))
+        return _shared(int(float(_text(size, "width"))), int(float(_text(size, "height"))))
     except (ValueError, OverflowError):
         return None
+
+
+@lru_cache(maxsize=10_000)
+def _shared(width: int, height: int) -> tuple[int, int]:
+    """Return a size; pictures of one size have the same object, because there may be millions."""
+    return width, height

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 _CALLS_PER_WORKER = 3  # in flight: keeps workers busy and little waiting in memory
@@ -19,19 +19,24 @@ def num_cores() -> int:
 
 
 def run_all(
-    function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], *, workers: int | None
+    function: Callable[..., Any],
+    calls: Iterable[tuple[Any, ...]],
+    num_calls: int,
+    *,
+    workers: int | None,
 ) -> Iterator[tuple[int, Any]]:
     """Yield (number of the call, result) in order.
 
     Args:
         function: A function of a module, so that other processes find it.
-        calls: Its arguments, one tuple for each call.
+        calls: Its arguments, one tuple for each call; taken one by one, as they are needed.
+        num_calls: How many there are.
         workers: Processes; None for one per core. With one, calls run in this process.
 
     Raises:
         OSError: if a worker process died.
     """
-    count = min(workers or num_cores(), len(calls))
+    count = min(workers or num_cores(), num_calls)
     if count <= 1:
         for number, arguments in enumerate(calls):
             yield number, function(*arguments)

@@ -12,12 +12,15 @@ import json
 import os
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mbv3dist.data.index import INDEX_VERSION, format_key
+import numpy as np
+
+from mbv3dist.convert.files import UnusableFileError, read_bounded
+from mbv3dist.data.idx import INDEX_VERSION, format_key
 
 BLOCK = tarfile.BLOCKSIZE
 RECORD = tarfile.RECORDSIZE
@@ -28,25 +31,24 @@ class Entry:
     """Where one sample's bytes wait: the picture in its own file or, with the target, in a spool.
 
     Attributes:
+        key: Its key, as a number.
         spool: Number of the spool file that holds the target.
         path: The picture's file, or None if it lies in the spool too.
         picture_offset: Its first byte in the spool.
         picture_size: Bytes.
+        picture_crc: Their CRC-32.
         target_offset: First byte of the target in the spool.
         target_size: Bytes.
     """
 
+    key: int
     spool: int
     path: str | None
     picture_offset: int
     picture_size: int
+    picture_crc: int
     target_offset: int
     target_size: int
-
-    @property
-    def packed_size(self) -> int:
-        """Bytes that the sample takes in a tar."""
-        return 2 * BLOCK + padded(self.picture_size) + padded(self.target_size)
 
 
 def padded(size: int) -> int:
@@ -54,31 +56,41 @@ def padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def cut_shards(entries: Sequence[Entry], shard_bytes: int) -> list[int]:
+def cut_shards(picture_sizes: np.ndarray, target_sizes: np.ndarray, shard_bytes: int) -> list[int]:
     """Return the first sample of each shard, then the number of samples.
 
     Shards hold equal numbers of samples (to one), as few shards as keep them near the size.
+
+    Args:
+        picture_sizes: int64 [n], bytes.
+        target_sizes: int64 [n], bytes.
+        shard_bytes: Size that a tar is kept near.
     """
-    total = sum(entry.packed_size for entry in entries)
-    num_shards = min(len(entries), max(1, -(-total // shard_bytes)))
-    return [number * len(entries) // num_shards for number in range(num_shards + 1)]
+    count = len(picture_sizes)
+    if not count:
+        return [0]
+    blocks = 2 * count + sum(
+        int((-(-sizes // BLOCK)).sum()) for sizes in (picture_sizes, target_sizes)
+    )
+    num_shards = min(count, max(1, -(-blocks * BLOCK // shard_bytes)))
+    return [number * count // num_shards for number in range(num_shards + 1)]
 
 
 def pack_shard(
-    entries: Sequence[Entry], first: int, extension: str, spools: Path, folder: Path, number: int
+    entries: Sequence[Entry], extension: str, spools: Path, folder: Path, number: int
 ) -> dict[str, Any]:
     """Write ``NUMBER.tar``, ``.idx`` and ``.crc`` into a folder, each under its name when whole.
 
     Args:
-        entries: The shard's samples, in order.
-        first: Pack index of the first.
+        entries: The shard's samples, in order, their keys without gaps.
         extension: ``cls`` or ``json``.
         spools: Folder of the spool files.
         folder: Where the shard goes.
         number: The shard's number.
 
     Returns:
-        {nsamples, filesize, sha256}; also kept as ``NUMBER.done`` beside the shards' folder.
+        {nsamples, filesize, sha256, first_key}; also kept as ``NUMBER.done`` beside the shards'
+        folder.
 
     Raises:
         ValueError: if a picture changed since it was prepared.
@@ -88,8 +100,9 @@ def pack_shard(
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     lines, checksums = [f"{INDEX_VERSION} {len(entries)}"], bytearray()
     with open(temporary, "wb") as file:
-        for position, (picture, target) in enumerate(_contents(entries, spools)):
-            key = format_key(first + position)
+        for entry in entries:
+            picture, target = _contents(entry, spools)
+            key = format_key(entry.key)
             parts = []
             for suffix, data in (("jpg", picture), (extension, target)):
                 name = f"{key}.{suffix}"
@@ -106,6 +119,7 @@ def pack_shard(
         "nsamples": len(entries),
         "filesize": writer.position,
         "sha256": writer.digest.hexdigest(),
+        "first_key": entries[0].key,
     }
     write_file(done_file(folder, number), json.dumps(row).encode("ascii"))
     return row
@@ -116,23 +130,24 @@ def done_file(folder: Path, number: int) -> Path:
     return folder.parent / f"{number:06d}.done"
 
 
-def _contents(entries: Sequence[Entry], spools: Path) -> Iterator[tuple[bytes, bytes]]:
-    """Yield picture and target bytes of each entry."""
-    for entry in entries:
-        with open(spools / f"{entry.spool:06d}.bin", "rb") as spool:
-            spool.seek(entry.target_offset)
-            target = spool.read(entry.target_size)
-            if entry.path is None:
-                spool.seek(entry.picture_offset)
-                picture = spool.read(entry.picture_size)
-        if entry.path is not None:
-            with open(entry.path, "rb") as file:
-                picture = file.read()
-        if len(picture) != entry.picture_size or len(target) != entry.target_size:
-            raise ValueError(
-                f"{entry.path or spools} changed while it was converted; start the conversion again"
-            )
-        yield picture, target
+def _contents(entry: Entry, spools: Path) -> tuple[bytes, bytes]:
+    """Return picture and target bytes of an entry."""
+    with open(spools / f"{entry.spool:06d}.bin", "rb") as spool:
+        spool.seek(entry.target_offset)
+        target = spool.read(entry.target_size)
+        if entry.path is None:
+            spool.seek(entry.picture_offset)
+            picture = spool.read(entry.picture_size)
+    if entry.path is not None:
+        try:
+            picture = read_bounded(entry.path, entry.picture_size)
+        except UnusableFileError:
+            picture = b""  # it has grown, or is no file any more
+    if zlib.crc32(picture) != entry.picture_crc or len(target) != entry.target_size:
+        raise ValueError(
+            f"{entry.path or spools} changed while it was converted; start the conversion again"
+        )
+    return picture, target
 
 
 class _TarWriter:
@@ -165,12 +180,13 @@ class _TarWriter:
         self.position += len(data)
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a small file so that it is never seen half written."""
+def write_file(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write a file, in one piece or piece by piece, so that it is never seen half written."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            for piece in (data,) if isinstance(data, bytes) else data:
+                file.write(piece)
             _sync(file)
         os.replace(temporary, path)
     except OSError:

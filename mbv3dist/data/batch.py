@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from mbv3dist.data.target import Target
 
 
 @dataclass
@@ -43,6 +46,8 @@ class Batch:
     """int64 [B, M], class of each box; padding is -1."""
     difficult: Tensor | None = None
     """bool [B, M]."""
+    targets: list[Target] = field(default_factory=list, repr=False, compare=False)
+    """Evaluation only: what the data set says about each picture, in its own pixels."""
     fences: list[torch.cuda.Event] = field(default_factory=list, repr=False, compare=False)
     """Copies to a GPU that are under way; the loader waits for them before it reuses the buffer."""
 
@@ -52,7 +57,7 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """Return the batch on `device`; on a GPU the copies run beside the host's work."""
         device = torch.device(device)
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=non_blocking)
             for name, value in self._tensors().items()
         }
@@ -61,7 +66,7 @@ class Batch:
             fence.record(torch.cuda.current_stream(device))
             self.fences.append(fence)
         # On the same device tensors are shared, so a later copy still has to be waited for.
-        return Batch(**moved, fences=self.fences)
+        return Batch(**moved, targets=self.targets, fences=self.fences)
 
     def split(self, parts: int) -> list[Batch]:
         """Return `parts` micro-batches of B / parts neighbouring samples, without copying.
@@ -75,7 +80,7 @@ class Batch:
                 "set --optim.accumulation_steps"
             )
         size = len(self) // parts
-        tensors = self._tensors()
+        tensors: dict[str, Any] = dict(self._tensors())
         return [
             Batch(
                 **{name: value[at : at + size] for name, value in tensors.items()},

@@ -22,8 +22,6 @@ MAX_PIXELS = 178_956_970
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 DEFAULT_FILL = (124, 116, 104)  # ImageNet's mean colour
 
-# What a file can raise out of Pillow's parsers when its bytes are damaged.
-_DAMAGE = (OSError, SyntaxError, ValueError, EOFError, IndexError, KeyError, TypeError)
 _SWAPS_SIDES = (5, 6, 7, 8)  # EXIF orientations that turn the picture by 90 degrees
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -34,6 +32,13 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def decoder_version() -> tuple[str, str]:
+    """Return the decoder's name and its version: what pixels may depend on."""
+    from PIL import __version__, features
+
+    return "pillow", f"{__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
 
 
 class Picture:
@@ -69,7 +74,7 @@ class Picture:
         try:
             self._image.load()
             image = to_rgb(self._image)[0]
-        except _DAMAGE as error:
+        except Exception as error:  # Pillow's parsers raise nearly anything on damaged bytes
             raise ValueError(f"picture cannot be decoded: {error}") from error
         return upright(image, self._orientation)
 
@@ -111,7 +116,7 @@ def _open(data: bytes | memoryview) -> Image.Image:
             factory, accept = Image.OPEN[name]
             if accept is not None and accept(prefix) is True:
                 return factory(file, "")
-    except _DAMAGE as error:
+    except Exception as error:
         raise ValueError(f"picture header is damaged: {error}") from error
     raise ValueError(f"not a picture in one of the formats {', '.join(FORMATS)}")
 

@@ -1,32 +1,42 @@
-"""What is in a data set: splits, shards and where each sample's bytes lie.
+"""What is in a data set: splits, shards, and where each sample comes from.
 
-A data set OUT holds for each split ``SPLIT/000000.tar`` with a ``.idx`` (DALI's v1.2 index) and a
-``.crc`` beside it, ``SPLIT.json`` (wids-v1 plus task, classes, ...) and ``SPLIT.sources.tsv``.
-Only NumPy and the standard library are needed here.
+A data set OUT holds for each split ``SPLIT/000000.tar`` with a ``.idx`` and a ``.crc`` beside it,
+``SPLIT.json`` (wids-v1 plus task, classes, ...), ``SPLIT.sources.tsv`` and ``SPLIT.labels.npy``;
+large splits also have a ``SPLIT.manifest``. OUT is a folder or the URL of one. Only NumPy and the
+standard library are needed here, and fsspec for URLs.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import mmap
 from bisect import bisect_right
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 
-TASKS = ("detection", "classification")
-TARGET_EXTENSIONS = {"detection": "json", "classification": "cls"}
-KEY_DIGITS = 9
-INDEX_VERSION = "v1.2"
+from mbv3dist.data import remote
+from mbv3dist.data.idx import TARGET_EXTENSIONS, format_key
+from mbv3dist.data.manifest import (
+    Table,
+    manifest_path,
+    read_manifest,
+    regular_url,
+    table_from_rows,
+)
+
+TASKS = tuple(TARGET_EXTENSIONS)
 _REPORT_SUFFIXES = (".report.json", ".failed.json")
 _CURE = "make one with `mbv3dist convert voc|imagefolder SRC --out OUT --split NAME`"
-
-
-class DamagedShardError(ValueError):
-    """A shard, its index or one of its samples is not what the data set says it is."""
+_COPY_AGAIN = "copy the data set again or convert again with --overwrite"
+_MAX_HEAD = 4096
+_MANIFEST_FROM_BYTES = 1 << 20  # of SPLIT.json: smaller ones have no manifest at their source
 
 
 @dataclass(frozen=True)
@@ -34,11 +44,12 @@ class Shard:
     """One tar of a split.
 
     Attributes:
-        path: Where it lies on this machine.
+        path: Where it lies on this machine, or would lie in the cache.
         url: Its place relative to the data set's root, such as ``train/000000.tar``.
         num_samples: Samples in it.
         num_bytes: Size of the tar in bytes.
         sha256: Hex digest of the whole tar.
+        first_key: Key of its first sample, as a number.
     """
 
     path: Path
@@ -46,64 +57,94 @@ class Shard:
     num_samples: int
     num_bytes: int
     sha256: str
+    first_key: int
 
 
-@dataclass(frozen=True)
-class ShardIndex:
-    """A parsed ``.idx``: where the two members of each sample lie in the tar, in bytes.
+class ShardTable(Sequence[Shard]):
+    """The shards of a split, made one by one when asked for: a billion samples have many."""
 
-    Attributes:
-        image_offset: int64 [num_samples], first byte of the picture's data.
-        image_size: int64 [num_samples].
-        target_offset: int64 [num_samples], first byte of the target's data.
-        target_size: int64 [num_samples].
-        image_ext: ``jpg``.
-        target_ext: ``cls`` or ``json``.
-        names: Name of each sample's picture member, such as ``000000123.jpg``.
-    """
-
-    image_offset: np.ndarray
-    image_size: np.ndarray
-    target_offset: np.ndarray
-    target_size: np.ndarray
-    image_ext: str
-    target_ext: str
-    names: tuple[str, ...]
+    def __init__(self, root: Path, split: str, table: Table) -> None:
+        self.table = table
+        self._root = root
+        self._split = split
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, number: int) -> Shard: ...
+    @overload
+    def __getitem__(self, number: slice) -> list[Shard]: ...
+    def __getitem__(self, number: int | slice) -> Shard | list[Shard]:
+        """Return a shard, or several."""
+        if isinstance(number, slice):
+            return [self[n] for n in range(*number.indices(len(self)))]
+        return self._shard(range(len(self))[number])
+
+    def _shard(self, number: int) -> Shard:
+        table = self.table
+        url = table.urls[number] if table.urls is not None else regular_url(self._split, number)
+        return Shard(
+            path=self._root / url,
+            url=url,
+            num_samples=int(table.num_samples[number]),
+            num_bytes=int(table.num_bytes[number]),
+            sha256=table.digest[number].tobytes().hex(),
+            first_key=int(table.first_key[number]),
+        )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Split:
     """One split of a data set; samples are numbered by their pack index, 0 to ``len - 1``.
 
     Attributes:
-        root: Folder of the data set.
+        root: Folder of the data set; of a remote one, its place in the cache.
         name: Name of the split.
         task: ``detection`` or ``classification``.
         classes: Names of the foreground classes, numbered from 0.
         shards: The tars, in pack order.
         num_boxes: Boxes in the split (0 for classification).
-        fingerprint: SHA-256 hex over task, classes and the shards' digests; free of location.
+        remote: URL of the data set, or None for a local one.
     """
 
     root: Path
     name: str
     task: str
     classes: tuple[str, ...]
-    shards: tuple[Shard, ...]
+    shards: ShardTable
     num_boxes: int
-    fingerprint: str
+    remote: str | None = None
+    _last_line: list[int] = field(default_factory=lambda: [0], repr=False)
 
     def __len__(self) -> int:
-        return self._start_list[-1]
+        return int(self._start_view[-1])
+
+    @property
+    def shard_sizes(self) -> np.ndarray:
+        """Samples in each shard: int64 [num_shards]."""
+        return self.shards.table.num_samples
+
+    @property
+    def shard_bytes(self) -> np.ndarray:
+        """Size of each tar in bytes: int64 [num_shards]."""
+        return self.shards.table.num_bytes
 
     @cached_property
     def starts(self) -> np.ndarray:
         """Pack index of each shard's first sample, then the total: int64 [num_shards + 1]."""
-        counts = np.array([0] + [shard.num_samples for shard in self.shards], dtype=np.int64)
-        return np.cumsum(counts)
+        return np.concatenate((np.zeros(1, np.int64), np.cumsum(self.shard_sizes)))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 hex over task, classes and the shards' digests; free of location."""
+        content = json.dumps([self.task, list(self.classes)]).encode("utf-8")
+        return hashlib.sha256(content + self.shards.table.digest.tobytes()).hexdigest()
+
+    @cached_property
+    def where(self) -> str:
+        """The data set's folder or URL, for messages."""
+        return str(self.root) if self.remote is None else remote.redact(self.remote)
 
     def locate(self, index: int) -> tuple[int, int]:
         """Return the shard number and the position in it of a sample.
@@ -111,14 +152,25 @@ class Split:
         Raises:
             ValueError: if there is no such sample.
         """
-        self._check_index(index)
-        shard = bisect_right(self._start_list, index) - 1
-        return shard, int(index) - self._start_list[shard]
+        view = self._start_view
+        if not 0 <= index < view[-1]:
+            raise ValueError(
+                f"sample {index} does not exist: split {self.name!r} has samples 0 to "
+                f"{len(self) - 1}"
+            )
+        shard = bisect_right(view, index) - 1
+        return shard, int(index) - view[shard]
 
     def key(self, index: int) -> str:
-        """Return the sample's key, its pack index in 9 digits."""
-        self._check_index(index)
-        return format_key(index)
+        """Return the sample's key: its pack index in 9 digits, as a rule (see ``first_key``)."""
+        shard, position = self.locate(index)
+        return format_key(int(self.shards.table.first_key[shard]) + position)
+
+    def keys(self, indices: np.ndarray) -> list[str]:
+        """Return the keys of many samples: what ``key`` does for int64 [n] pack indices."""
+        shard = np.searchsorted(self.starts, indices, side="right") - 1
+        keys = indices - self.starts[shard] + self.shards.table.first_key[shard]
+        return [format_key(key) for key in keys.tolist()]
 
     def source(self, index: int) -> str:
         """Return the original path of the picture, relative to the converted folder.
@@ -126,16 +178,39 @@ class Split:
         Raises:
             ValueError: if ``SPLIT.sources.tsv`` is missing or has other samples.
         """
-        self._check_index(index)
-        data, ends = self._sources
-        start = int(ends[index - 1]) + 1 if index else 0
-        key, _, source = data[start : int(ends[index])].decode("utf-8").partition("\t")
-        if key != format_key(index):
+        key = self.key(index)
+        lines = self._sources
+        # Asked one after the other, the line wanted is the one behind the last.
+        start = self._last_line[0]
+        if lines[start : start + len(key) + 1] != f"{key}\t".encode():
+            start = _find_line(lines, int(key))
+        end = lines.find(b"\n", start)
+        found, _, source = lines[start : max(end, start)].partition(b"\t")
+        if found != key.encode():
+            shown = found[:40].decode("utf-8", "backslashreplace")
             raise ValueError(
-                f"{self.name}.sources.tsv: line {index + 1} has key {key!r} instead of "
-                f"{format_key(index)}; copy the data set again or convert again with --overwrite"
+                f"{self.name}.sources.tsv: has no line for {key} (found {shown!r} in its place); "
+                + _COPY_AGAIN
             )
-        return source
+        self._last_line[0] = end + 1
+        return source.decode("utf-8", "backslashreplace")
+
+    def labels(self) -> np.ndarray:
+        """Return int32 [N]: each sample's class; for detection its rarest, -1 without boxes.
+
+        Raises:
+            ValueError: if ``SPLIT.labels.npy`` is missing or belongs to another split.
+        """
+        path = self._file(f"{self.name}.labels.npy")
+        # Conversion writes one exact header, so it is compared: NumPy's parser of it raises a dozen
+        # kinds of errors on damaged bytes.
+        head = labels_header(len(self))
+        data = path.read_bytes()
+        if not data.startswith(head) or len(data) != len(head) + 4 * len(self):
+            raise ValueError(
+                f"{path} does not list the labels of {len(self)} samples; {_COPY_AGAIN}"
+            )
+        return np.frombuffer(data, "<i4", offset=len(head))
 
     def sample(self, index: int) -> dict[str, Any]:
         """Return ``{"jpg": bytes, "cls": int}`` or ``{"jpg": bytes, "json": {...}}``.
@@ -150,53 +225,71 @@ class Split:
             return {"jpg": bytes(picture), TARGET_EXTENSIONS[self.task]: value}
 
     @cached_property
-    def _start_list(self) -> list[int]:
-        """Starts as plain integers: bisecting these is ten times faster than NumPy's search."""
-        return [int(start) for start in self.starts]
+    def _start_view(self) -> memoryview:
+        """Starts without NumPy's overhead per element: bisecting these is ten times faster."""
+        return memoryview(self.starts.data)
 
     @cached_property
-    def _sources(self) -> tuple[bytes, np.ndarray]:
-        """Bytes of the sources file and the position of each line's end."""
-        path = self.root / f"{self.name}.sources.tsv"
+    def _sources(self) -> mmap.mmap | bytes:
+        """The sources file, mapped: at a billion samples it has tens of gigabytes."""
+        path = self._file(f"{self.name}.sources.tsv")
+        with open(path, "rb") as file:
+            if file.seek(0, 2) == 0:
+                return b""
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    def _file(self, name: str) -> Path:
+        """Return a file of the split, fetched first if the data set is remote."""
+        if self.remote is not None:
+            remote.fetch_metadata(self.remote, [name], self.root)
+        path = self.root / name
         if not path.is_file():
             raise ValueError(f"{path} is missing; copy the data set again, with all its files")
-        data = path.read_bytes()
-        ends = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == ord("\n"))
-        if len(ends) != len(self):
-            raise ValueError(
-                f"{path} has {len(ends)} lines for {len(self)} samples; copy the data set again"
-            )
-        return data, ends
-
-    def _check_index(self, index: int) -> None:
-        if not 0 <= index < len(self):
-            raise ValueError(
-                f"sample {index} does not exist: split {self.name!r} has samples 0 to "
-                f"{len(self) - 1}"
-            )
+        return path
 
 
-def format_key(index: int) -> str:
-    """Return the key of a pack index: 9 digits."""
-    return f"{index:0{KEY_DIGITS}d}"
+def labels_header(num_samples: int) -> bytes:
+    """Return how a ``SPLIT.labels.npy`` begins; the labels follow as little-endian int32."""
+    header = io.BytesIO()
+    description = {"descr": "<i4", "fortran_order": False, "shape": (num_samples,)}
+    np.lib.format.write_array_header_1_0(header, description)
+    return header.getvalue()
+
+
+def _find_line(lines: mmap.mmap | bytes, key: int) -> int:
+    """Return the start of the line with a key, or of the first one with a larger key."""
+    low, high = 0, len(lines)
+    while low < high:
+        start = lines.rfind(b"\n", low, (low + high) // 2) + 1 or low
+        number = lines[start : start + 20].partition(b"\t")[0]
+        if number.isdigit() and int(number) >= key:
+            high = start
+        else:
+            end = lines.find(b"\n", start, high)
+            low = high if end < 0 else end + 1
+    return low
 
 
 def list_splits(data: str | Path) -> list[str]:
     """Return the names of the finished splits in a data set's folder, sorted.
 
     Raises:
-        ValueError: if the folder does not exist.
+        ValueError: if the folder does not exist, or its server cannot list files.
     """
-    root = Path(data)
+    if remote.is_url(str(data)):
+        names = remote.Remote(str(data)).list()
+        found = [name[: -len(".json")] for name in names if name.endswith(".json")]
+        return sorted(name for name in found if not f"{name}.json".endswith(_REPORT_SUFFIXES))
+    root = Path(remote.to_local(str(data)))
     if not root.is_dir():
         raise ValueError(f"no data set folder {str(root)!r}; {_CURE}")
-    names = []
-    for path in sorted(root.glob("*.json")):
-        if path.name.startswith(".") or path.name.endswith(_REPORT_SUFFIXES):
-            continue
-        if (root / path.stem).is_dir() and describes_split(path):
-            names.append(path.stem)
-    return names
+    return [path.stem for path in sorted(root.glob("*.json")) if _is_split(path)]
+
+
+def _is_split(path: Path) -> bool:
+    if path.name.startswith(".") or path.name.endswith(_REPORT_SUFFIXES):
+        return False
+    return path.with_suffix("").is_dir() and describes_split(path)
 
 
 def require_splits(data: str | Path) -> list[str]:
@@ -207,7 +300,7 @@ def require_splits(data: str | Path) -> list[str]:
     """
     names = list_splits(data)
     if not names:
-        raise ValueError(f"no finished split in {str(data)!r}; {_CURE}")
+        raise ValueError(f"no finished split in {remote.redact(str(data))!r}; {_CURE}")
     return names
 
 
@@ -215,130 +308,91 @@ def describes_split(path: Path) -> bool:
     """Return whether a JSON file is a split's description, or a damaged one, not another's file."""
     if not path.is_file():
         return False
+    with open(path, "rb") as file:
+        if b'"wids_version"' in file.read(_MAX_HEAD):
+            return True  # as conversion writes it: no need to parse 100 MB to see that
     data = path.read_bytes()
     try:
         value = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         # Cut off or zeroed by a crash: whoever opens the split names it. JSON lines are others'.
         return b"wids" in data or not data.strip(b"\0\n ")
     return isinstance(value, dict) and "wids_version" in value
 
 
-def open_split(data: str | Path, split: str) -> Split:
+def open_split(data: str | Path, split: str, *, cache_dir: str | Path | None = None) -> Split:
     """Open one split of a data set.
 
     Args:
-        data: Folder of the data set.
+        data: Folder of the data set, or its http(s), s3, gs or hf URL.
         split: Name of the split, such as ``train``.
+        cache_dir: Where files of a remote data set go; default: ``$MBV3DIST_CACHE`` or the user's
+            cache folder.
 
     Raises:
         ValueError: if there is no such split or its ``SPLIT.json`` is not one of ours.
+        OSError: if a remote data set cannot be read.
     """
-    root = Path(data)
-    names = require_splits(root)
-    if split not in names:
-        raise ValueError(
-            f"no split {split!r} in {str(root)!r}; it has {', '.join(names)}: name one of these "
-            "or convert the missing one"
-        )
+    url = None
+    if remote.is_url(str(data)):
+        url = remote.check_url(str(data))
+        root = remote.mirror_folder(url, Path(cache_dir or remote.default_cache_dir()))
+        _fetch_description(url, split, root)
+    else:
+        root = Path(remote.to_local(str(data)))
+        if not _is_split(root / f"{split}.json"):
+            names = require_splits(root)
+            raise ValueError(
+                f"no split {split!r} in {str(root)!r}; it has {', '.join(names)}: name one of "
+                "these or convert the missing one"
+            )
     path = root / f"{split}.json"
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-        return _build_split(root, split, description)
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        return _build_split(root, split, path, url)
+    except (
+        KeyError,
+        TypeError,
+        AttributeError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:
         raise ValueError(
             f"{path} is not a split description of mbv3dist ({type(error).__name__}: {error}); "
-            "copy the data set again or convert again with --overwrite"
+            + _COPY_AGAIN
         ) from error
 
 
-def _build_split(root: Path, name: str, description: dict[str, Any]) -> Split:
+def _fetch_description(url: str, split: str, root: Path) -> None:
+    """Bring ``SPLIT.json``, and the manifest of a large one, into the cache."""
+    name = f"{split}.json"
+    try:
+        remote.fetch_metadata(url, [name], root)
+        if (root / name).stat().st_size >= _MANIFEST_FROM_BYTES:
+            remote.fetch_metadata(url, [manifest_path(root / name).name], root)
+    except FileNotFoundError as error:
+        if not (root / name).is_file():
+            raise ValueError(
+                f"no split {split!r} at {remote.redact(url)}; check the URL and the split's name"
+            ) from error
+
+
+def _build_split(root: Path, name: str, path: Path, url: str | None) -> Split:
+    copy = read_manifest(path)
+    if copy is not None:
+        description, table = copy
+    else:
+        description = json.loads(path.read_bytes())
+        table = table_from_rows(description["shardlist"], name)
     if description["wids_version"] != 1:
         raise ValueError(f"wids_version is {description['wids_version']!r}, not 1")
     task = description["task"]
     if task not in TASKS:
         raise ValueError(f"task is {task!r}, not one of {', '.join(TASKS)}")
-    shards = []
-    for entry in description["shardlist"]:
-        url = entry["url"]
-        parts = PurePosixPath(url).parts
-        if ":" in url or "\\" in url or ".." in parts or parts[:1] == ("/",):
-            raise ValueError(f"shard {url!r} is not a relative path in the data set")
-        shards.append(
-            Shard(
-                path=root / url,
-                url=url,
-                num_samples=_count(entry, "nsamples"),
-                num_bytes=_count(entry, "filesize"),
-                sha256=str(entry["sha256"]),
-            )
-        )
-    classes = tuple(str(item) for item in description["classes"])
-    return Split(
-        root=root,
-        name=name,
-        task=task,
-        classes=classes,
-        shards=tuple(shards),
-        num_boxes=_count(description, "boxes"),
-        fingerprint=_fingerprint(task, classes, shards),
-    )
-
-
-def _count(row: dict[str, Any], key: str) -> int:
-    value = row[key]
-    if not isinstance(value, int) or value < 0:
-        raise ValueError(f"{key} is {value!r}, not a count")
-    return value
-
-
-def _fingerprint(task: str, classes: tuple[str, ...], shards: list[Shard]) -> str:
-    content = json.dumps([task, list(classes), [shard.sha256 for shard in shards]])
-    return hashlib.sha256(content.encode("utf-8")).hexdigest()
-
-
-def read_idx(path: str | Path) -> ShardIndex:
-    """Parse a shard's ``.idx`` (DALI's wds2idx v1.2, two members per sample).
-
-    Raises:
-        DamagedShardError: if the file is missing or is no such index.
-    """
-    path = Path(path)
-    try:
-        lines = path.read_text(encoding="ascii").split("\n")
-    except FileNotFoundError as error:
-        raise DamagedShardError(
-            f"{path} is missing; copy the data set again or convert again with --overwrite"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise _bad_index(path, "it is no ASCII text") from error
-    header = lines[0].split(" ")
-    if len(header) != 2 or header[0] != INDEX_VERSION or not header[1].isdigit():
-        raise _bad_index(path, f"its first line is {lines[0][:40]!r}, not '{INDEX_VERSION} COUNT'")
-    num_samples = int(header[1])
-    if lines[-1] != "" or len(lines) != num_samples + 2:
-        raise _bad_index(path, f"it has {len(lines) - 2} whole lines for {num_samples} samples")
-    fields = [line.split(" ") for line in lines[1:-1]]
-    for number, row in enumerate(fields):
-        if len(row) != 8 or row[0] != fields[0][0] or row[4] != fields[0][4]:
-            raise _bad_index(path, f"line {number + 2} does not list two members")
-    try:
-        table = np.array([(r[1], r[2], r[5], r[6]) for r in fields], dtype=np.int64)
-    except (ValueError, OverflowError) as error:
-        raise _bad_index(path, "an offset or size is no number") from error
-    table = table.reshape(num_samples, 4)
-    return ShardIndex(
-        image_offset=table[:, 0].copy(),
-        image_size=table[:, 1].copy(),
-        target_offset=table[:, 2].copy(),
-        target_size=table[:, 3].copy(),
-        image_ext=fields[0][0] if fields else "jpg",
-        target_ext=fields[0][4] if fields else "",
-        names=tuple(row[3] for row in fields),
-    )
-
-
-def _bad_index(path: Path, reason: str) -> DamagedShardError:
-    return DamagedShardError(
-        f"{path}: {reason}; copy the data set again or convert again with --overwrite"
-    )
+    boxes = description["boxes"]
+    if not isinstance(boxes, int) or boxes < 0:
+        raise ValueError(f"boxes is {boxes!r}, not a count")
+    classes = description["classes"]
+    if not isinstance(classes, list) or not all(isinstance(item, str) for item in classes):
+        raise ValueError("classes is no list of names")
+    return Split(root, name, task, tuple(classes), ShardTable(root, name, table), boxes, url)

@@ -1,13 +1,14 @@
 """Batches for training and evaluation: plan -> reader -> view -> decode -> batch buffer.
 
-The walk of a sample is `_Drawing.draw`. Everything random in it is keyed by (seed, epoch, sample),
-so the pixels never depend on the number of threads, the prefetch depth, the rank or the world size.
+`drawing.py` has the walk of a sample, `pipeline.py` the threads, `store.py` where shards come from.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,15 +16,17 @@ import torch
 from mbv3dist.config import ViewConfig
 from mbv3dist.data import draws
 from mbv3dist.data.batch import Batch
-from mbv3dist.data.decode import Picture
-from mbv3dist.data.draws import Draws
+from mbv3dist.data.division import evaluation_range
+from mbv3dist.data.drawing import Drawing, ErrorBudget
 from mbv3dist.data.index import Split
-from mbv3dist.data.pipeline import Buffer, Pipeline, Work
-from mbv3dist.data.plan import Plan, StepPlan, evaluation_range
-from mbv3dist.data.reader import Reader, Target, parse_target
-from mbv3dist.data.views import canvas_boxes, draw_color, make_view
+from mbv3dist.data.needs import next_use, range_needs, rank_needs
+from mbv3dist.data.pipeline import Buffer, Pipeline
+from mbv3dist.data.plan import Plan, StepPlan
+from mbv3dist.data.reader import Reader
+from mbv3dist.data.state import data_state
+from mbv3dist.data.store import CacheOptions, open_store
 
-__all__ = ["Batch", "Loader", "eval_batches"]
+__all__ = ["Batch", "CacheOptions", "Loader", "eval_batches"]
 
 
 class Loader:
@@ -35,6 +38,7 @@ class Loader:
 
     Attributes:
         wait_s: Seconds the consumer waited for the last batch.
+        budget: The damaged samples met so far (`budget.damaged`), and how many there may be.
     """
 
     def __init__(
@@ -51,13 +55,15 @@ class Loader:
         prefetch: int = 3,
         start_step: int = 0,
         pin_memory: bool = False,
-        verify: str = "open",
+        verify: str = "first",
+        error_budget: int = 0,
+        cache: CacheOptions | None = None,
     ):
         """Check the arguments; threads start with the iteration.
 
         Args:
             split: What to read.
-            plan: In which order; its number of samples must be the split's.
+            plan: In which order; its shards must be the split's.
             view: How pictures are placed on the canvas, and how colours vary.
             size: Side of the canvas in pixels.
             seed: Of views and colours.
@@ -65,9 +71,14 @@ class Loader:
             world_size: Processes; the plan's global batch size must divide by it.
             num_threads: Threads that decode.
             prefetch: Batches that are prepared ahead.
-            start_step: First step to yield; the plan's `num_steps` yields none.
+            start_step: First step to yield (see `state.resume_step`); the plan's `num_steps`
+                yields none.
             pin_memory: Page-locked buffers, for copies to a GPU beside the host's work.
-            verify: "open" or "always", as for `Reader`.
+            verify: "open", "first" or "always", as for `Reader`; the first epoch of an
+                iteration counts as the first time.
+            error_budget: Different damaged samples that may go with weight 0; 0 stops at the
+                first.
+            cache: How shards of remote data sets are kept.
 
         Raises:
             ValueError: For arguments outside their limits.
@@ -76,15 +87,20 @@ class Loader:
         draws.check_seed(seed)
         plan.check_world(world_size)
         assert 0 <= rank < world_size
-        if plan.num_samples != len(split):
+        if not np.array_equal(plan.shard_sizes, split.shard_sizes):
             raise ValueError(
-                f"the plan is for {plan.num_samples} samples, split {split.name} has {len(split)}"
+                f"the plan is for {int(plan.shard_sizes.sum())} samples in "
+                f"{len(plan.shard_sizes)} shards, split {split.name} has {len(split)} in "
+                f"{len(split.shards)}; make the plan from split.shard_sizes"
             )
         if not 0 <= start_step <= plan.num_steps:
             raise ValueError(f"start step {start_step} is outside the run's {plan.num_steps} steps")
         self.split = split
         self.plan = plan
         self.wait_s = 0.0
+        self.budget = ErrorBudget(error_budget)
+        self._cache = cache or CacheOptions()
+        self._next_step = start_step
         self._view = view
         self._size = size
         self._seed = seed
@@ -108,8 +124,16 @@ class Loader:
             for step in range(self._start_step, self.plan.num_steps)
         )
         batch_size = self.plan.global_batch_size // self._world_size
-        with Reader(self.split, verify=self._verify) as reader:
-            drawing = _Drawing(reader, view=self._view, seed=self._seed, drop_boxes=True)
+        self._next_step = self._start_step
+        with self._open_reader() as reader:
+            drawing = Drawing(
+                reader,
+                view=self._view,
+                seed=self._seed,
+                drop_boxes=True,
+                first_epoch=self.plan.epoch_of(self._start_step * self.plan.global_batch_size),
+                budget=self.budget,
+            )
             buffers = _make_buffers(
                 self._prefetch + 1, batch_size, self._size, pin_memory=self._pin_memory
             )
@@ -117,10 +141,43 @@ class Loader:
             try:
                 while (work := pipeline.take()) is not None:
                     self.wait_s = pipeline.wait_s
+                    self._next_step = work.number + 1
                     yield work.number, drawing.finish(work)
                     pipeline.give_back(work)
+                    reader.advance(self._next_step)
             finally:
                 pipeline.close()
+
+    def state(self) -> dict[str, Any]:
+        """Return what to go on from after the last batch yielded, ready for JSON.
+
+        It is free of rank and world size. `state.resume_step` makes the `start_step` of it.
+        """
+        return data_state(self.split, self.plan, self._next_step)
+
+    def _open_reader(self) -> Reader:
+        options, plan = self._cache, self.plan.clone()
+        node = self._rank // options.local_world_size * options.local_world_size
+        ranks = range(node, min(node + options.local_world_size, self._world_size))
+        lock = threading.Lock()  # a plan is for one thread at a time
+
+        def find_next_use(shard: int) -> int | None:
+            step = max(self._next_step - 1, self._start_step)  # another rank may be a step behind
+            with lock:
+                return next_use(plan, shard, step, ranks=ranks, world_size=self._world_size)
+
+        store = open_store(
+            self.split,
+            options,
+            needs=lambda: rank_needs(
+                self.plan, self._start_step, rank=self._rank, world_size=self._world_size
+            ),
+            next_use=find_next_use,
+            start=self._start_step,
+            ahead=self._prefetch + 1,
+            same_needs=max(1, plan.lane_size * self._world_size // plan.global_batch_size),
+        )
+        return Reader(self.split, verify=self._verify, store=store)
 
     def close(self) -> None:
         """Stop the threads of an iteration that is under way."""
@@ -151,11 +208,13 @@ def eval_batches(
     num_threads: int = 2,
     prefetch: int = 3,
     pin_memory: bool = False,
-    verify: str = "open",
+    verify: str = "first",
+    cache: CacheOptions | None = None,
 ) -> Iterator[Batch]:
     """Yield the samples that this rank evaluates, each once, in pack order.
 
-    The last batch may be shorter, and a rank may have none; all weights are 1. No box is dropped
+    Batches are the same for any world size; the split's last one may be shorter, and a rank may
+    have none; all weights are 1. No box is dropped
     or clipped, so that mapped back they are the whole truth. A batch is valid until the next one.
 
     Args:
@@ -168,18 +227,27 @@ def eval_batches(
         num_threads: Threads that decode.
         prefetch: Batches that are prepared ahead.
         pin_memory: Page-locked buffers.
-        verify: "open" or "always", as for `Reader`.
+        verify: "open", "first" or "always", as for `Reader`.
+        cache: How shards of remote data sets are kept.
 
     Raises:
-        ValueError: For arguments outside their limits, or a damaged sample.
+        ValueError: For arguments outside their limits, or a damaged sample: an evaluation leaves
+            nothing out.
     """
     _check_threads(num_threads, prefetch)
     if batch_size < 1:
         raise ValueError(f"batch size must be at least 1, got {batch_size}; set --eval.batch_size")
-    mine = evaluation_range(len(split), rank=rank, world_size=world_size)
+    mine = evaluation_range(len(split), rank=rank, world_size=world_size, batch_size=batch_size)
     requests = (_eval_request(mine[at : at + batch_size]) for at in range(0, len(mine), batch_size))
-    with Reader(split, verify=verify) as reader:
-        drawing = _Drawing(reader, view=view, seed=0, drop_boxes=False)
+    store = open_store(
+        split,
+        cache or CacheOptions(),
+        needs=lambda: range_needs(split.starts, mine, batch_size),
+        next_use=lambda shard: None,
+        ahead=prefetch + 1,
+    )
+    with Reader(split, verify=verify, store=store) as reader:
+        drawing = Drawing(reader, view=view, seed=0, drop_boxes=False)
         capacity = min(batch_size, max(len(mine), 1))
         buffers = _make_buffers(prefetch + 1, capacity, size, pin_memory=pin_memory)
         pipeline = drawing.start(enumerate(requests), buffers, num_threads)
@@ -187,137 +255,16 @@ def eval_batches(
             while (work := pipeline.take()) is not None:
                 yield drawing.finish(work)
                 pipeline.give_back(work)
+                reader.advance(work.number + 1)
         finally:
             pipeline.close()
 
 
-class _Drawing:
-    """Draws samples into the batches of a pipeline."""
-
-    def __init__(self, reader: Reader, *, view: ViewConfig, seed: int, drop_boxes: bool):
-        self.reader = reader
-        self.split = reader.split
-        self.view = view
-        self.seed = seed
-        self.drop_boxes = drop_boxes
-        self._parts: dict[int, _Parts] = {}
-
-    def start(
-        self, requests: Iterator[tuple[int, StepPlan]], buffers: list[Buffer], num_threads: int
-    ) -> Pipeline:
-        return Pipeline(
-            requests,
-            prepare=self.prepare,
-            draw=self.draw,
-            buffers=buffers,
-            num_threads=num_threads,
-        )
-
-    def prepare(self, work: Work) -> None:
-        self._parts[work.number] = _Parts(len(work.request.index), work.buffer.image.numpy())
-
-    def draw(self, work: Work, place: int) -> None:
-        """Read, view and decode one sample into its place."""
-        index, epoch = int(work.request.index[place]), int(work.request.epoch[place])
-        parts = self._parts[work.number]
-        data, target_data = self.reader.read(index)
-        try:
-            num_classes = len(self.split.classes)
-            target = parse_target(target_data, self.split.task, num_classes=num_classes)
-            picture = Picture(data)
-            _check_size(target, picture)
-        except ValueError as error:
-            raise self.reader.damage(index, str(error)) from error
-        # Outside of the try blocks: what make_view refuses is the recipe, not the sample.
-        view, keep = make_view(
-            self.view,
-            width=picture.width,
-            height=picture.height,
-            size=parts.canvas.shape[1],
-            boxes=target.boxes,
-            draws=Draws(self.seed, epoch=epoch, sample=index),
-        )
-        try:
-            picture.draw(view, parts.canvas[place], fill=self.view.fill)
-        except ValueError as error:
-            raise self.reader.damage(index, str(error)) from error
-        parts.size[place] = picture.height, picture.width
-        parts.view[place] = view.vector()
-        colors = Draws(self.seed, epoch=epoch, sample=index, purpose=draws.COLOR)
-        parts.color[place] = draw_color(self.view, colors)
-        parts.label[place] = target.label
-        if not self.drop_boxes:
-            boxes = view.to_canvas(target.boxes)
-            parts.objects[place] = (boxes, target.labels, target.difficult)
-        elif len(target.boxes):
-            boxes = canvas_boxes(view, target.boxes[keep], size=parts.canvas.shape[1])
-            parts.objects[place] = (boxes, target.labels[keep], target.difficult[keep])
-
-    def finish(self, work: Work) -> Batch:
-        """Return the batch of a work whose places are all drawn."""
-        parts = self._parts.pop(work.number)
-        request, count = work.request, len(work.request.index)
-        batch = Batch(
-            image=work.buffer.image[:count].permute(0, 3, 1, 2),
-            index=torch.from_numpy(request.index),
-            epoch=torch.from_numpy(request.epoch),
-            weight=torch.from_numpy(request.weight),
-            size=torch.from_numpy(parts.size),
-            view=torch.from_numpy(parts.view),
-            color=torch.from_numpy(parts.color),
-            fences=work.buffer.fences,
-        )
-        if self.split.task == "classification":
-            batch.label = torch.from_numpy(parts.label)
-        else:
-            boxes, labels, difficult = _pad_objects(parts.objects)
-            batch.boxes = torch.from_numpy(boxes)
-            batch.labels = torch.from_numpy(labels)
-            batch.difficult = torch.from_numpy(difficult)
-        return batch
-
-
-class _Parts:
-    """What the threads write, each at its samples' places."""
-
-    def __init__(self, count: int, canvas: np.ndarray):
-        self.canvas = canvas  # uint8 [capacity, H, W, 3]
-        self.size = np.zeros((count, 2), dtype=np.int32)
-        self.view = np.zeros((count, 8), dtype=np.float32)
-        self.color = np.zeros((count, 4), dtype=np.float32)
-        self.label = np.zeros(count, dtype=np.int64)
-        self.objects: list[tuple[np.ndarray, np.ndarray, np.ndarray] | None] = [None] * count
-
-
-def _pad_objects(
-    objects: list[tuple[np.ndarray, np.ndarray, np.ndarray] | None],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Pad to the fullest picture: boxes [B, M, 4] with 0, labels [B, M] with -1, difficult."""
-    most = max(1, *(len(item[0]) for item in objects if item is not None), 1)
-    boxes = np.zeros((len(objects), most, 4), dtype=np.float32)
-    labels = np.full((len(objects), most), -1, dtype=np.int64)
-    difficult = np.zeros((len(objects), most), dtype=bool)
-    for place, item in enumerate(objects):
-        if item is not None:
-            count = len(item[0])
-            boxes[place, :count], labels[place, :count], difficult[place, :count] = item
-    return boxes, labels, difficult
-
-
-def _check_size(target: Target, picture: Picture) -> None:
-    """Refuse boxes that were made for a picture of another size."""
-    if target.width and (target.width, target.height) != (picture.width, picture.height):
-        raise ValueError(
-            f"the picture has {picture.width} x {picture.height} pixels, its .json member says "
-            f"{target.width} x {target.height}"
-        )
-
-
 def _eval_request(indices: range) -> StepPlan:
     index = np.arange(indices.start, indices.stop, dtype=np.int64)
-    return StepPlan(
-        index=index, epoch=np.zeros_like(index), weight=np.ones(len(index), dtype=np.float32)
-    )
+    zeros = np.zeros_like(index)
+    weight = np.ones(len(index), dtype=np.float32)
+    return StepPlan(index=index, epoch=zeros, weight=weight, copy=zeros)
 
 
 def _make_buffers(number: int, capacity: int, size: int, *, pin_memory: bool) -> list[Buffer]:

@@ -1,36 +1,34 @@
 """Who reads which sample when: the order of a whole training run, from numbers alone.
 
 A run reads positions q = step * G + j. `Plan` maps every position to a sample (its pack index) so
-that each epoch holds every sample exactly once, global batches are the same on every world size,
-neighbouring positions come from few shards, and any step can be computed without the steps before
-it. docs/streaming.md has the maths and the proof. Only numpy: no torch, no files.
+that each epoch holds every entry of its pass exactly once, global batches are the same on every
+world size, neighbouring positions come from few shards, and any step can be computed without the
+steps before it. docs/streaming.md has the maths and the proof. Only numpy: no torch, no files.
 
-Symbols, as in the documentation: N samples, G global batch size, C lanes of L = G / C positions,
-P ranks, B shards in a block.
+Symbols, as in the documentation: N entries in a pass (the samples, unless data sets have weights
+or classes are balanced), G global batch size, C lanes of L = G / C positions, P ranks, B shards
+in a block.
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
-import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 import numpy as np
 
 from mbv3dist.data import draws
+from mbv3dist.data.division import FLAGS, check_division, nearest_divisors, one_of
+from mbv3dist.data.passes import COPY_SHIFT, Pass, WholePass
 
 MAX_DEFAULT_LANES = 64
 TAILS = ("carry", "drop")
 _Value = TypeVar("_Value")
-# Named in messages: recipes and `mbv3dist plan` call the same numbers differently.
-_FLAGS = {
-    "global_batch_size": "--data.global_batch_size, or --global-batch of plan",
-    "block_shards": "--data.block_shards, or --block-shards of plan",
-    "lanes": "--data.lanes, or --lanes of plan",
-    "tail": "--data.tail, or --tail of plan",
-}
 
 
 @dataclass(frozen=True)
@@ -43,15 +41,34 @@ class StepPlan:
     """int64 [b]: epoch the sample is read in, from 0."""
     weight: np.ndarray
     """float32 [b]: 1, or 0 for the overrun of the run's last step."""
+    copy: np.ndarray
+    """int64 [b]: which of the sample's copies in the epoch it is; 0 unless it comes more often."""
 
 
 @dataclass(frozen=True)
-class _EpochLayout:
-    """One epoch's sample axis: the shards one behind the other, cut into a segment per lane."""
+class Block:
+    """A stretch of a lane whose samples are mixed with each other: axis positions [low, high)."""
 
-    shard_order: np.ndarray  # int64 [num_shards]
-    shard_starts: np.ndarray  # int64 [num_shards + 1], axis positions
+    epoch: int
+    lane: int
+    number: int  # from the start of the lane's segment
+    low: int
+    high: int
+    places: range  # of its shards in the epoch's shard order
+
+
+@dataclass(frozen=True)
+class EpochLayout:
+    """One epoch's axis: the shards one behind the other, cut into a segment per lane."""
+
+    shard_order: np.ndarray  # int64 [shards that are not empty in this epoch]
+    shard_starts: np.ndarray  # int64 [the same + 1], axis positions
     lane_starts: list[int]  # C + 1 axis positions
+
+    @cached_property
+    def starts_view(self) -> memoryview:
+        """`shard_starts` without NumPy's overhead per element, for bisecting."""
+        return memoryview(self.shard_starts.data)
 
 
 class Plan:
@@ -65,12 +82,13 @@ class Plan:
         lanes: C, a divisor of G. Default: the largest one not above 64.
         block_shards: B, shards whose samples a lane mixes with each other.
         tail: "carry" lets batches straddle epochs; "drop" leaves each epoch's remainder out.
+        samples: What a pass holds, over the same shards; default: each sample once.
 
     Raises:
         ValueError: For values outside their limits, naming the flag.
     """
 
-    version = 1
+    version = 2
 
     def __init__(
         self,
@@ -82,11 +100,13 @@ class Plan:
         lanes: int | None = None,
         block_shards: int = 4,
         tail: str = "carry",
+        samples: Pass | None = None,
     ):
         self.shard_sizes = np.asarray(shard_sizes, dtype=np.int64)
         assert self.shard_sizes.ndim == 1
         assert (self.shard_sizes >= 0).all()
-        self.num_samples = int(self.shard_sizes.sum())
+        self.samples = samples or WholePass(self.shard_sizes)
+        self.num_samples = self.samples.num_entries
         self.global_batch_size = int(global_batch_size)
         self.epochs = int(epochs)
         self.seed = int(seed)
@@ -104,9 +124,8 @@ class Plan:
             self.steps_per_epoch = self.num_samples // self.global_batch_size
             self.num_steps = self.epochs * self.steps_per_epoch
 
-        self._shard_first = np.concatenate(([0], np.cumsum(self.shard_sizes)))
         # Small caches: a step costs its lookups. They are not safe for several threads at a time.
-        self._epochs: dict[int, _EpochLayout] = {}
+        self._epochs: dict[int, EpochLayout] = {}
         self._blocks: dict[tuple[int, int], tuple[int, np.ndarray]] = {}  # by epoch and lane
         self._shards: dict[tuple[int, int], np.ndarray] = {}  # by epoch and shard
 
@@ -115,19 +134,19 @@ class Plan:
             value = getattr(self, name)
             if value < 1:
                 words = name.replace("_", " ")
-                raise ValueError(f"{words} must be at least 1, got {value} ({_FLAGS[name]})")
+                raise ValueError(f"{words} must be at least 1, got {value} ({FLAGS[name]})")
         if self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got {self.epochs}; set --epochs")
         if self.tail not in TAILS:
-            raise ValueError(f"tail must be carry or drop, got {self.tail!r} ({_FLAGS['tail']})")
+            raise ValueError(f"tail must be carry or drop, got {self.tail!r} ({FLAGS['tail']})")
         draws.check_seed(self.seed)
         if self.num_samples == 0:
             raise ValueError("the split holds no samples, so there is nothing to plan; convert one")
         if self.tail == "drop" and self.num_samples < self.global_batch_size:
             raise ValueError(
                 f"tail=drop leaves nothing of {self.num_samples} samples at global batch size "
-                f"{self.global_batch_size}; choose tail=carry ({_FLAGS['tail']}) or a global batch "
-                f"size of {self.num_samples} or less ({_FLAGS['global_batch_size']})"
+                f"{self.global_batch_size}; choose tail=carry ({FLAGS['tail']}) or a global batch "
+                f"size of {self.num_samples} or less ({FLAGS['global_batch_size']})"
             )
 
     def _choose_lanes(self, lanes: int | None) -> int:
@@ -135,33 +154,16 @@ class Plan:
         if lanes is None:
             return max(n for n in range(1, min(batch, MAX_DEFAULT_LANES) + 1) if batch % n == 0)
         if lanes < 1 or batch % lanes:
-            near = _nearest_divisors(batch, max(lanes, 1))
+            near = nearest_divisors(batch, max(lanes, 1))
             raise ValueError(
                 f"lanes must divide the global batch size {batch}, got {lanes}; "
-                f"choose {_one_of(near)} ({_FLAGS['lanes']})"
+                f"choose {one_of(near)} ({FLAGS['lanes']})"
             )
         return int(lanes)
 
     def check_world(self, world_size: int, accumulation_steps: int = 1) -> None:
         """Raise ValueError, naming valid values, unless every micro-batch is equally large."""
-        parts = world_size * accumulation_steps
-        if world_size < 1 or accumulation_steps < 1:
-            raise ValueError(
-                f"world size and accumulation steps must be at least 1, got {world_size} and "
-                f"{accumulation_steps}"
-            )
-        batch = self.global_batch_size
-        if batch % parts == 0:
-            return
-        shared = f"{world_size} processes"
-        if accumulation_steps > 1:
-            shared += f" x {accumulation_steps} accumulation steps"
-        batches = [n for n in (batch // parts * parts, (batch // parts + 1) * parts) if n > 0]
-        cure = f"choose a global batch size of {_one_of(batches)} ({_FLAGS['global_batch_size']})"
-        if batch % accumulation_steps == 0:
-            worlds = _nearest_divisors(batch // accumulation_steps, world_size)
-            cure += f", or start {_one_of(worlds)} processes"
-        raise ValueError(f"global batch size {batch} does not divide by {shared}; {cure}")
+        check_division(self.global_batch_size, world_size, accumulation_steps)
 
     def step(self, step: int, *, rank: int = 0, world_size: int = 1) -> StepPlan:
         """Return what `rank` of `world_size` reads in `step`, in order.
@@ -191,7 +193,15 @@ class Plan:
             e, c = int(epoch[start]), int(lane[start])
             k = self._place_in_segment(int(position[start]), e, c)
             self._read_segment(e, c, k, stop - start, pieces)
-        return StepPlan(index=np.concatenate(pieces), epoch=epoch, weight=weight)
+        entry = np.concatenate(pieces)
+        copy = entry >> COPY_SHIFT
+        return StepPlan(index=entry - (copy << COPY_SHIFT), epoch=epoch, weight=weight, copy=copy)
+
+    def lane_place(self, epoch: int, lane: int, at: int) -> int:
+        """Return the number, over the whole run, of the lane's read at an axis position."""
+        return (
+            self._count(self._epoch_start(epoch), lane) + at - self.layout(epoch).lane_starts[lane]
+        )
 
     def _count(self, position: int, lane: int) -> int:
         """How many positions below `position` lie on `lane`."""
@@ -211,74 +221,142 @@ class Plan:
     def _read_segment(
         self, epoch: int, lane: int, start: int, count: int, pieces: list[np.ndarray]
     ) -> None:
-        """Append the pack indices [start, start + count) of a lane's segment to `pieces`."""
-        layout = self._layout(epoch)
+        """Append the entries [start, start + count) of a lane's segment to `pieces`."""
+        layout = self.layout(epoch)
         at = layout.lane_starts[lane] + start
         end = at + count
         key = (epoch, lane)
         while at < end:
-            first, indices = self._blocks.get(key, (0, None))
-            if indices is None or not first <= at < first + len(indices):
+            first, entries = self._blocks.get(key, (0, None))
+            if entries is None or not first <= at < first + len(entries):
                 # A lane reads on from block to block, so only its present one is kept.
-                first, indices = self._make_block(layout, epoch, lane, at)
-                _store(self._blocks, key, (first, indices), limit=2 * self.lanes)
-            piece = indices[at - first : end - first]
+                block = self.find_block(epoch, lane, at)
+                if entries is None:
+                    # A resumed plan's first step: a few reads, had without sorting the block.
+                    pieces.append(self._block_entries(block, at, min(end, block.high)))
+                    _store(self._blocks, key, (0, pieces[-1][:0]), limit=2 * self.lanes)
+                    at += len(pieces[-1])
+                    continue
+                first, entries = block.low, self._block_entries(block, block.low, block.high)
+                _store(self._blocks, key, (first, entries), limit=2 * self.lanes)
+            piece = entries[at - first : end - first]
             pieces.append(piece)
             at += len(piece)
 
-    def _layout(self, epoch: int) -> _EpochLayout:
+    def layout(self, epoch: int) -> EpochLayout:
+        """Return how an epoch is laid out."""
         layout = self._epochs.get(epoch)
         if layout is None:
             layout = _store(self._epochs, epoch, self._make_layout(epoch), limit=8)
         return layout
 
-    def _make_layout(self, epoch: int) -> _EpochLayout:
-        num_shards = len(self.shard_sizes)
+    def _make_layout(self, epoch: int) -> EpochLayout:
+        sizes = self.samples.sizes(epoch)
         order = draws.permutation(
-            num_shards, seed=self.seed, purpose=draws.SHARD_ORDER, epoch=epoch
+            len(sizes), seed=self.seed, purpose=draws.SHARD_ORDER, epoch=epoch
         )
-        shard_starts = np.concatenate(([0], np.cumsum(self.shard_sizes[order])))
+        ordered = sizes[order]
+        if not ordered.all():
+            order, ordered = order[ordered > 0], ordered[ordered > 0]
+        shard_starts = np.zeros(len(order) + 1, np.int64)
+        np.cumsum(ordered, out=shard_starts[1:])
         start, end = self._epoch_start(epoch), self._epoch_start(epoch + 1)
         counts = [self._count(end, c) - self._count(start, c) for c in range(self.lanes)]
-        lane_starts = [0, *np.cumsum(counts).tolist()]
-        assert lane_starts[-1] == end - start <= self.num_samples
-        return _EpochLayout(order, shard_starts, lane_starts)
+        lane_starts = [0, *itertools.accumulate(counts)]
+        assert lane_starts[-1] == end - start <= self.num_samples == shard_starts[-1]
+        return EpochLayout(order, shard_starts, lane_starts)
 
-    def _make_block(
-        self, layout: _EpochLayout, epoch: int, lane: int, at: int
-    ) -> tuple[int, np.ndarray]:
-        """Return the block of `lane` that holds axis position `at`: its first position, indices."""
-        starts = layout.shard_starts
+    def find_block(self, epoch: int, lane: int, at: int) -> Block:
+        """Return the block of `lane` that holds axis position `at`."""
+        layout = self.layout(epoch)
+        starts = layout.starts_view
         lane_start, lane_end = layout.lane_starts[lane : lane + 2]
-        # side="right" steps over empty shards.
-        first, holder = (np.searchsorted(starts, (lane_start, at), side="right") - 1).tolist()
-        block = (holder - first) // self.block_shards
-        low_shard = first + block * self.block_shards
-        high_shard = min(low_shard + self.block_shards, len(self.shard_sizes))
-        low = max(lane_start, int(starts[low_shard]))
-        high = min(lane_end, int(starts[high_shard]))
-        parts = []
-        for place in range(low_shard, high_shard):
-            base = int(starts[place])
-            samples = self._shard_samples(epoch, int(layout.shard_order[place]))
-            parts.append(samples[max(low - base, 0) : max(high - base, 0)])
-        indices = np.concatenate(parts)
-        assert len(indices) == high - low
-        key = {"epoch": epoch, "major": lane, "minor": block}
-        order = draws.permutation(len(indices), seed=self.seed, purpose=draws.WITHIN_BLOCK, **key)
-        return low, indices[order]
+        first, holder = (bisect_right(starts, x) - 1 for x in (lane_start, at))
+        number = (holder - first) // self.block_shards
+        low_place = first + number * self.block_shards
+        high_place = min(low_place + self.block_shards, len(starts) - 1)
+        low = max(lane_start, starts[low_place])
+        high = min(lane_end, starts[high_place])
+        if high < starts[high_place]:  # the lane ends first, so it needs no shard after that
+            high_place = bisect_left(starts, high)
+        return Block(epoch, lane, number, low, high, range(low_place, high_place))
 
-    def _shard_samples(self, epoch: int, shard: int) -> np.ndarray:
-        """Return a shard's pack indices in this epoch's order, so that a cut takes any of them."""
-        first, size = int(self._shard_first[shard]), int(self.shard_sizes[shard])
-        samples = self._shards.get((epoch, shard))
-        if samples is None:
+    def _block_entries(self, block: Block, start: int, stop: int) -> np.ndarray:
+        """Return what is read at axis positions [start, stop) of a block: int64 [stop - start]."""
+        layout = self.layout(block.epoch)
+        lane_start, lane_end = layout.lane_starts[block.lane : block.lane + 2]
+        bounds = layout.starts_view[block.places.start : block.places.stop + 1].tolist()
+        parts = []
+        for place, (base, end) in zip(block.places, itertools.pairwise(bounds), strict=True):
+            shard = int(layout.shard_order[place])
+            if lane_start <= base and end <= lane_end:
+                parts.append(self.samples.entries(block.epoch, shard))
+            else:
+                cut = self._cut_shard(block.epoch, shard)
+                parts.append(cut[max(block.low - base, 0) : max(block.high - base, 0)])
+        entries: np.ndarray = np.concatenate(parts)
+        assert len(entries) == block.high - block.low
+        order = draws.permutation(
+            len(entries),
+            seed=self.seed,
+            purpose=draws.WITHIN_BLOCK,
+            epoch=block.epoch,
+            major=block.lane,
+            minor=block.number,
+            part=range(start - block.low, stop - block.low),
+        )
+        mixed: np.ndarray = entries[order]
+        return mixed
+
+    def _cut_shard(self, epoch: int, shard: int) -> np.ndarray:
+        """Return the entries of a shard that lanes share, in an order of its own.
+
+        So each lane gets any of them, and not a stretch of neighbours.
+        """
+        cut = self._shards.get((epoch, shard))
+        if cut is None:
+            entries = self.samples.entries(epoch, shard)
             order = draws.permutation(
-                size, seed=self.seed, purpose=draws.WITHIN_SHARD, epoch=epoch, major=shard
+                len(entries), seed=self.seed, purpose=draws.WITHIN_SHARD, epoch=epoch, major=shard
             )
-            # Only a shard that is cut is asked for by several lanes, one soon after the other.
-            samples = _store(self._shards, (epoch, shard), order + first, limit=8)
-        return samples
+            # Several lanes ask for it, one soon after the other.
+            cut = _store(self._shards, (epoch, shard), entries[order], limit=8)
+        return cut
+
+    def rank_lanes(self, ranks: range, world_size: int) -> range:
+        """Return the lanes that neighbouring ranks read from, whole or in part."""
+        part = self.global_batch_size // world_size
+        first, last = ranks.start * part, ranks.stop * part - 1
+        return range(first // self.lane_size, last // self.lane_size + 1)
+
+    def clone(self) -> Plan:
+        """Return the same plan with caches of its own, for another thread."""
+        plan = copy.copy(self)
+        # Layouts never change; blocks are the other thread's own.
+        plan._epochs, plan._blocks, plan._shards = dict(self._epochs), {}, {}
+        return plan
+
+    def lane_blocks(self, lane: int, start_step: int = 0) -> Iterator[tuple[Block, int, int]]:
+        """Yield a lane's blocks from a step on, each with its first and last step.
+
+        The first block may be under way: its first step is then `start_step`.
+        """
+        place, end = start_step * self.lane_size, self.num_steps * self.lane_size
+        while place < end:
+            step, rest = divmod(place, self.lane_size)
+            position = step * self.global_batch_size + lane * self.lane_size + rest
+            epoch = self.epoch_of(position)
+            start = self.layout(epoch).lane_starts[lane]
+            at = start + self._place_in_segment(position, epoch, lane)
+            block = self.find_block(epoch, lane, at)
+            place = min(place + block.high - at, end)
+            yield block, step, (place - 1) // self.lane_size
+
+    def epoch_of(self, position: int) -> int:
+        """Return the epoch of a position."""
+        if self.tail == "carry":
+            return position // self.num_samples
+        return position // self.global_batch_size // int(self.steps_per_epoch)
 
     def epochs_finished(self, step: int) -> int:
         """Return how many epochs are complete when `step` steps are done."""
@@ -301,56 +379,8 @@ class Plan:
             "tail": self.tail,
             "num_samples": self.num_samples,
             "num_shards": len(self.shard_sizes),
+            **self.samples.state(),
         }
-
-
-def evaluation_range(num_samples: int, *, rank: int, world_size: int) -> range:
-    """Return the samples that `rank` evaluates: the ranks' ranges hold each sample exactly once.
-
-    Ranges differ in length by one at most, and can be empty.
-    """
-    assert 0 <= rank < world_size
-    return range(num_samples * rank // world_size, num_samples * (rank + 1) // world_size)
-
-
-def plan_summary(plan: Plan, *, world_size: int = 1) -> dict[str, Any]:
-    """Return the run in numbers, ready for JSON (`mbv3dist plan --json`)."""
-    plan.check_world(world_size)
-    epoch_length = plan.num_samples
-    if plan.tail == "drop":
-        epoch_length = int(plan.steps_per_epoch) * plan.global_batch_size
-    return {
-        "samples": plan.num_samples,
-        "shards": len(plan.shard_sizes),
-        "steps_per_epoch": plan.steps_per_epoch,
-        "steps": plan.num_steps,
-        "epochs": plan.epochs,
-        "global_batch_size": plan.global_batch_size,
-        "world_size": world_size,
-        "batch_size_per_rank": plan.global_batch_size // world_size,
-        "lanes": plan.lanes,
-        "block_shards": plan.block_shards,
-        "tail": plan.tail,
-        "left_out_per_epoch": plan.num_samples - epoch_length,
-        "overrun": plan.num_steps * plan.global_batch_size - plan.epochs * epoch_length,
-        "seed": plan.seed,
-        "plan_version": plan.version,
-    }
-
-
-def plan_lines(plan: Plan, *, world_size: int = 1, steps: range | None = None) -> Iterator[str]:
-    """Yield `step TAB rank TAB key TAB key ...` for each step and rank (`mbv3dist plan --keys`).
-
-    Positions of weight 0 are left out, so that the lines of an epoch hold each key once.
-    """
-    plan.check_world(world_size)
-    for step in range(plan.num_steps) if steps is None else steps:
-        whole = plan.step(step)
-        for rank in range(world_size):
-            part = plan.global_batch_size // world_size
-            mine = slice(rank * part, (rank + 1) * part)
-            index = whole.index[mine][whole.weight[mine] > 0]
-            yield "\t".join([str(step), str(rank), *(f"{i:09d}" for i in index.tolist())])
 
 
 def _store(cache: dict[Any, _Value], key: Any, value: _Value, *, limit: int) -> _Value:
@@ -360,16 +390,3 @@ def _store(cache: dict[Any, _Value], key: Any, value: _Value, *, limit: int) -> 
     while len(cache) > limit:
         del cache[next(iter(cache))]
     return value
-
-
-def _nearest_divisors(number: int, wanted: int) -> list[int]:
-    """Return the divisors of `number` next to `wanted`, the smaller first."""
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    divisors = sorted({*small, *(number // n for n in small)})
-    below = [n for n in divisors if n <= wanted]
-    above = [n for n in divisors if n > wanted]
-    return below[-1:] + above[:1]
-
-
-def _one_of(values: Sequence[int]) -> str:
-    return " or ".join(str(value) for value in values)

@@ -1,130 +1,226 @@
-"""Bytes of samples out of local shards, through mmap and the ``.idx`` beside each tar.
+"""Bytes of samples out of shards, by the ``.idx`` beside each tar.
 
-Nothing is copied: ``read`` hands out views into the mapped file. A shard is opened when it is
-first needed; the number held open is bounded, the one longest unused goes first.
+A sample is one read of its two members with their tar headers. Reads are positioned (pread), not
+mapped: a file that is cut short while the run goes on, or a network disk that fails, is then an
+error with a name, where a mapped file would end the process. A shard is opened when it is first
+needed; the number held open is bounded, the one longest unused goes first.
 """
 
 from __future__ import annotations
 
-import json
-import mmap
+import os
 import threading
 import zlib
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
-from mbv3dist.data.index import (
+from mbv3dist.data.idx import (
     TARGET_EXTENSIONS,
     DamagedShardError,
     ShardIndex,
-    Split,
     format_key,
     read_idx,
 )
+from mbv3dist.data.index import Split
+from mbv3dist.data.target import Target, parse_target
 
-__all__ = ["DamagedShardError", "Reader", "Target", "parse_target"]
+__all__ = ["DamagedShardError", "Reader", "ShardBytes", "ShardStore"]
 
-# A map holds a file descriptor; half of the usual limit of 1024 leaves room for everything else.
+# An open shard is a file descriptor; half of the usual limit of 1024 leaves room for all else.
 MAX_OPEN_SHARDS = 512
+VERIFY = ("open", "first", "always")
 _BLOCK = 512
 
 
-@dataclass(frozen=True)
-class Target:
-    """What is known about one picture.
+class ShardBytes(Protocol):
+    """One open shard; safe to share between threads."""
 
-    Attributes:
-        label: Class number, or -1 for detection.
-        boxes: float32 [M, 4], xyxy pixels of the stored picture, 0-based, half-open.
-        labels: int64 [M], class numbers without background.
-        difficult: bool [M].
-        width: Pixels of the stored picture; 0 for classification (unknown before decoding).
-        height: Likewise.
-    """
+    num_bytes: int
 
-    label: int
-    boxes: np.ndarray
-    labels: np.ndarray
-    difficult: np.ndarray
-    width: int
-    height: int
+    def read_at(self, offset: int, size: int) -> bytes:
+        """Bytes from an offset on; fewer than `size` at the end of the file."""
+
+    def close(self) -> None:
+        """Let go of it; nobody reads any more."""
 
 
-@dataclass(frozen=True)
+class ShardStore(Protocol):
+    """Where the shards of a split are had from: this machine's disk, or a cache of remote ones."""
+
+    def open(self, shard: int) -> ShardBytes:
+        """Open a shard; blocks until it is there."""
+
+    def idx_path(self, shard: int) -> Path:
+        """Its ``.idx`` as a local file."""
+
+    def crc_path(self, shard: int) -> Path:
+        """Its ``.crc`` as a local file."""
+
+    def advance(self, step: int) -> list[int]:
+        """Steps before `step` are done: the shards that nobody needs any more."""
+
+    def close(self) -> None:
+        """Stop all work."""
+
+
+class LocalShards:
+    """The store of a split on a local or network disk."""
+
+    def __init__(self, split: Split):
+        self._split = split
+
+    def open(self, shard: int) -> ShardBytes:
+        """As `ShardStore.open`."""
+        return LocalShard(self._split.shards[shard].path)
+
+    def idx_path(self, shard: int) -> Path:
+        """As `ShardStore.idx_path`."""
+        return self._split.shards[shard].path.with_suffix(".idx")
+
+    def crc_path(self, shard: int) -> Path:
+        """As `ShardStore.crc_path`."""
+        return self._split.shards[shard].path.with_suffix(".crc")
+
+    def advance(self, step: int) -> list[int]:
+        """Nothing has to be let go of early."""
+        return []
+
+    def close(self) -> None:
+        """Nothing to stop."""
+
+
+class LocalShard:
+    """An open tar."""
+
+    def __init__(self, path: Path):
+        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        status = os.fstat(self._file)
+        self.num_bytes = status.st_size
+        self._opened_as = status.st_size, status.st_mtime_ns
+
+    def read_at(self, offset: int, size: int) -> bytes:
+        """As `ShardBytes.read_at`."""
+        return os.pread(self._file, size, offset)
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether somebody wrote to the file since it was opened."""
+        status = os.fstat(self._file)
+        return (status.st_size, status.st_mtime_ns) != self._opened_as
+
+    def close(self) -> None:
+        """Nothing yet: a thread may be reading; the last reference closes the file."""
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+
+@dataclass
 class _OpenShard:
-    """A mapped tar with its index and, if reads are verified, its checksums (uint32 [2N])."""
+    """A shard with its index and, once a checksum was asked for, checksums (uint32 [2N])."""
 
-    view: memoryview
+    bytes: ShardBytes
     index: ShardIndex
-    checksums: np.ndarray | None
+    checksums: np.ndarray | None = None
+
+
+@dataclass
+class _Slot:
+    """A place for an open shard; its lock keeps threads from opening one twice."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    shard: _OpenShard | None = None
 
 
 class Reader:
     """Reads samples of a split by pack index; safe to share between threads.
 
     Args:
-        split: An open split, its shards on a local disk.
+        split: An open split.
         verify: ``open`` checks sizes and index when a shard is opened and each member's tar
-            header when it is read; ``always`` also checks each member's CRC-32.
+            header when it is read; ``first`` also checks each member's CRC-32 when a sample is
+            read with ``first=True``; ``always`` does that with every read.
         max_open_shards: Number of shards held open.
+        store: Where shards are had from; default: the disk, or on demand for a remote split.
 
     Raises:
-        ValueError: if ``verify`` is neither.
+        ValueError: if ``verify`` is none of these.
     """
 
     def __init__(
-        self, split: Split, *, verify: str = "open", max_open_shards: int = MAX_OPEN_SHARDS
+        self,
+        split: Split,
+        *,
+        verify: str = "first",
+        max_open_shards: int = MAX_OPEN_SHARDS,
+        store: ShardStore | None = None,
     ) -> None:
-        if verify not in ("open", "always"):
-            raise ValueError(f"data.verify is {verify!r}; use 'open' or 'always'")
+        if verify not in VERIFY:
+            raise ValueError(f"data.verify is {verify!r}; use 'open', 'first' or 'always'")
         assert max_open_shards >= 1
         self.split = split
         self.verify = verify
+        self._store = store or default_store(split)
         self._max_open = max_open_shards
-        self._open: OrderedDict[int, _OpenShard] = OrderedDict()
+        self._open: OrderedDict[int, _Slot] = OrderedDict()
         self._lock = threading.Lock()
 
-    def read(self, index: int) -> tuple[memoryview, memoryview]:
-        """Return a sample's picture bytes and target bytes, valid as long as they are held.
+    def read(self, index: int, *, first: bool = True) -> tuple[memoryview, memoryview]:
+        """Return a sample's picture bytes and target bytes.
 
         Args:
             index: Pack index of the sample.
+            first: Whether the run reads the sample for the first time.
 
         Raises:
             DamagedShardError: if the shard or the sample is damaged.
             ValueError: if there is no such sample.
+            OSError: if a disk or server fails.
         """
         number, position = self.split.locate(index)
         shard = self._shard(number)
-        table = shard.index
-        picture = self._member(
-            shard, index, 2 * position, table.image_offset[position], table.image_size[position]
-        )
-        target = self._member(
-            shard,
-            index,
-            2 * position + 1,
-            table.target_offset[position],
-            table.target_size[position],
-        )
-        return picture, target
+        table, source = shard.index, shard.bytes
+        start = int(table.image_offset[position]) - _BLOCK
+        sizes = int(table.image_size[position]), int(table.target_size[position])
+        offsets = _BLOCK, int(table.target_offset[position]) - start
+        end = offsets[1] + sizes[1]
+        data = memoryview(source.read_at(start, end))
+        if len(data) < end:
+            reason = f"the tar ends at byte {start + len(data)}; it was cut short while it was read"
+            raise self.damage(index, reason)
+        members = []
+        for offset, size, extension in zip(
+            offsets, sizes, (table.image_ext, table.target_ext), strict=True
+        ):
+            name = f"{format_key(table.first_key + position)}.{extension}".encode("ascii")
+            header = data[offset - _BLOCK : offset]
+            if header[: len(name) + 1] != name + b"\0" or header[124:135] != b"%011o" % size:
+                problem = _header_problem(bytes(header), name, size)
+                raise self.damage(index, f"{problem} (header at byte {start + offset - _BLOCK})")
+            members.append(data[offset : offset + size])
+        if self.verify == "always" or (self.verify == "first" and first) or _is_changed(source):
+            checksums = self._checksums(number, shard)
+            for member, extension in enumerate((table.image_ext, table.target_ext)):
+                if zlib.crc32(members[member]) != int(checksums[2 * position + member]):
+                    offset = start + offsets[member]
+                    raise self.damage(
+                        index, f"checksum of its .{extension} member at byte {offset} is wrong"
+                    )
+        return members[0], members[1]
 
     def target(self, index: int) -> Target:
         """Return a sample's parsed target; errors as in ``read``."""
+        data = self.read(index)[1]
         try:
-            data = self.read(index)[1]
-            target = parse_target(data, self.split.task, num_classes=len(self.split.classes))
-        except DamagedShardError:
-            raise
+            return parse_target(data, self.split.task, num_classes=len(self.split.classes))
         except ValueError as error:
-            self.split.locate(index)  # a wrong index is the caller's error, not damage
             raise self.damage(index, str(error)) from error
-        return target
 
     def damage(self, index: int, reason: str) -> DamagedShardError:
         """Return the error that names a sample's shard, key and source, and the reason."""
@@ -132,18 +228,23 @@ class Reader:
         shard = split.shards[split.locate(index)[0]]
         try:
             source = split.source(index)
-        except ValueError:
+        except (ValueError, OSError):
             source = "source unknown"
         return DamagedShardError(
             f"{shard.url}: sample {split.key(index)} ({source}): {reason}; run `mbv3dist verify` "
             "on the data set, then copy that shard again or convert again with --overwrite"
         )
 
+    def advance(self, step: int) -> None:
+        """Say that steps before `step` are done, so that what only they needed can go."""
+        for number in self._store.advance(step):
+            self._drop(number)
+
     def close(self) -> None:
-        """Let go of all shards; views already handed out stay valid."""
-        with self._lock:
-            # A map with views in use must not be closed by force: the last view frees it.
-            self._open.clear()
+        """Let go of all shards; bytes already handed out stay valid."""
+        for number in list(self._open):
+            self._drop(number)
+        self._store.close()
 
     def __enter__(self) -> Reader:
         return self
@@ -156,35 +257,78 @@ class Reader:
     ) -> None:
         self.close()
 
+    def _drop(self, number: int) -> None:
+        with self._lock:
+            slot = self._open.pop(number, None)
+        if slot is not None and slot.shard is not None:
+            slot.shard.bytes.close()
+
     def _shard(self, number: int) -> _OpenShard:
         with self._lock:
-            shard = self._open.get(number)
-            if shard is not None:
+            slot = self._open.get(number)
+            if slot is None:
+                slot = self._open[number] = _Slot()
+            else:
                 self._open.move_to_end(number)
-                return shard
-            shard = _open_shard(self.split, number, checksums=self.verify == "always")
-            self._open[number] = shard
-            while len(self._open) > self._max_open:
-                self._open.popitem(last=False)
-            return shard
+            # Those of a cache go when the plan says so; here the oldest go.
+            over = list(self._open)[: max(len(self._open) - self._max_open, 0)]
+        for other in over:
+            self._drop(other)
+        if slot.shard is None:
+            with slot.lock:  # not the reader's: other shards are read while this one comes
+                if slot.shard is None:
+                    slot.shard = self._open_shard(number)
+        return slot.shard
 
-    def _member(
-        self, shard: _OpenShard, index: int, number: int, offset: int, size: int
-    ) -> memoryview:
-        """Return the bytes of a shard's member (2 per sample) after a look at its tar header."""
-        view = shard.view
-        extension = shard.index.target_ext if number % 2 else shard.index.image_ext
-        name = f"{format_key(index)}.{extension}".encode("ascii")
-        start = offset - _BLOCK
-        if (
-            view[start : start + len(name) + 1] != name + b"\0"
-            or view[start + 124 : start + 135] != b"%011o" % size
-        ):
-            raise self.damage(index, _header_problem(bytes(view[start:offset]), name, int(size)))
-        data = view[offset : offset + size]
-        if shard.checksums is not None and zlib.crc32(data) != int(shard.checksums[number]):
-            raise self.damage(index, f"checksum of its .{extension} member is wrong")
-        return data
+    def _open_shard(self, number: int) -> _OpenShard:
+        expected = int(self.split.shard_bytes[number])
+        try:
+            source = self._store.open(number)
+        except FileNotFoundError as error:
+            raise self._shard_damage(number, "the shard is missing") from error
+        try:
+            if source.num_bytes != expected:
+                reason = f"it has {source.num_bytes} bytes, {self.split.name}.json says {expected}"
+                raise self._shard_damage(number, reason)
+            index = read_idx(self._store.idx_path(number))
+            reason = _index_problem(self.split, number, index)
+            if reason:
+                raise self._shard_damage(number, f"its .idx {reason}")
+        except BaseException:
+            source.close()
+            raise
+        return _OpenShard(source, index)
+
+    def _shard_damage(self, number: int, reason: str) -> DamagedShardError:
+        split = self.split
+        first, last = int(split.starts[number]), int(split.starts[number + 1]) - 1
+        return DamagedShardError(
+            f"{split.shards[number].path}: {reason} (samples {split.key(first)} to "
+            f"{split.key(last)} of split {split.name!r}); copy that shard again or convert again "
+            "with --overwrite"
+        )
+
+    def _checksums(self, number: int, shard: _OpenShard) -> np.ndarray:
+        if shard.checksums is None:
+            shard.checksums = _read_checksums(self._store.crc_path(number), len(shard.index))
+        return shard.checksums
+
+
+def default_store(split: Split) -> ShardStore:
+    """Return where shards are had from without a plan: the disk, or a cache filled on demand."""
+    from mbv3dist.data.joined import JoinedShards, JoinedSplit
+
+    if isinstance(split, JoinedSplit):
+        return JoinedShards(split, [default_store(part) for part in split.parts])
+    if split.remote is None:
+        return LocalShards(split)
+    from mbv3dist.data.cache import on_demand_cache
+
+    return on_demand_cache(split)
+
+
+def _is_changed(source: ShardBytes) -> bool:
+    return isinstance(source, LocalShard) and source.is_changed
 
 
 def _header_problem(header: bytes, name: bytes, size: int) -> str:
@@ -201,32 +345,6 @@ def _header_problem(header: bytes, name: bytes, size: int) -> str:
     return f"index and tar disagree: {expected} has {stored} bytes in the tar, {size} in the index"
 
 
-def _open_shard(split: Split, number: int, *, checksums: bool) -> _OpenShard:
-    shard = split.shards[number]
-
-    def damaged(reason: str) -> DamagedShardError:
-        first, last = int(split.starts[number]), int(split.starts[number + 1]) - 1
-        return DamagedShardError(
-            f"{shard.path}: {reason} (samples {format_key(first)} to {format_key(last)} of split "
-            f"{split.name!r}); copy that shard again or convert again with --overwrite"
-        )
-
-    try:
-        with open(shard.path, "rb") as file:
-            size = file.seek(0, 2)
-            if size != shard.num_bytes:
-                raise damaged(f"it has {size} bytes, {split.name}.json says {shard.num_bytes}")
-            view = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-    except FileNotFoundError as error:
-        raise damaged("the shard is missing") from error
-    index = read_idx(shard.path.with_suffix(".idx"))
-    reason = _index_problem(split, number, index)
-    if reason:
-        raise damaged(f"its .idx {reason}")
-    table = _read_checksums(shard.path.with_suffix(".crc"), len(index)) if checksums else None
-    return _OpenShard(view, index, table)
-
-
 def _index_problem(split: Split, number: int, index: ShardIndex) -> str:
     """Return why an index cannot be that of the shard, or an empty string."""
     shard = split.shards[number]
@@ -234,16 +352,23 @@ def _index_problem(split: Split, number: int, index: ShardIndex) -> str:
         return f"lists {len(index)} samples instead of {shard.num_samples}"
     if index.image_ext != "jpg" or index.target_ext != TARGET_EXTENSIONS[split.task]:
         return f"lists .{index.image_ext} and .{index.target_ext} members"
-    first = int(split.starts[number])
-    for position, name in enumerate(index.names):
-        if name != f"{format_key(first + position)}.jpg":
-            return f"names {name} where {format_key(first + position)}.jpg belongs"
-    for offset, size in (
-        (index.image_offset, index.image_size),
-        (index.target_offset, index.target_size),
-    ):
-        if np.any(offset < _BLOCK) or np.any(size < 0) or np.any(offset > shard.num_bytes - size):
-            return "points outside the tar"
+    if len(index) and index.first_key != shard.first_key:
+        return (
+            f"starts with sample {format_key(index.first_key)}, not {format_key(shard.first_key)}"
+        )
+    for size in (index.image_size, index.target_size):
+        if np.any((size < 0) | (size > shard.num_bytes)):
+            return "has an impossible size"
+    # Members follow each other, headers and padding between: no sample can reach into another.
+    image_end = index.image_offset + -(-index.image_size // _BLOCK) * _BLOCK
+    target_end = index.target_offset + -(-index.target_size // _BLOCK) * _BLOCK
+    starts = np.concatenate((np.zeros(1, np.int64), target_end[:-1]))
+    wrong = (index.image_offset != starts + _BLOCK) | (index.target_offset != image_end + _BLOCK)
+    if wrong.any():
+        place = int(np.argmax(wrong))
+        return f"and the tar disagree from sample {format_key(index.first_key + place)} on"
+    if len(index) and int(target_end[-1]) > shard.num_bytes:
+        return "points outside the tar"
     return ""
 
 
@@ -257,63 +382,3 @@ def _read_checksums(path: Path, num_samples: int) -> np.ndarray:
             f"{path} has {len(data)} bytes instead of {8 * num_samples}; copy the data set again"
         )
     return np.frombuffer(data, dtype="<u4")
-
-
-def parse_target(data: bytes | memoryview, task: str, *, num_classes: int | None = None) -> Target:
-    """Parse the bytes of a ``.cls`` or ``.json`` member.
-
-    Args:
-        data: The member's bytes.
-        task: ``classification`` (a class number in ASCII) or ``detection`` (JSON).
-        num_classes: Classes there are; class numbers outside are refused, because on a GPU they
-            would end in a device assert. None: any number is taken.
-
-    Raises:
-        ValueError: with the reason, if the bytes are no such target.
-    """
-    assert task in TARGET_EXTENSIONS
-    target = _parse_class(data) if task == "classification" else _parse_boxes(data)
-    if num_classes is not None:
-        reason = class_problem(target, num_classes)
-        if reason:
-            raise ValueError(reason)
-    return target
-
-
-def class_problem(target: Target, num_classes: int) -> str:
-    """Return which class number of a target is outside 0 to num_classes - 1, or empty."""
-    numbers = target.labels.tolist() if target.label < 0 else [target.label]
-    if not numbers or (min(numbers) >= 0 and max(numbers) < num_classes):
-        return ""
-    wrong = next(number for number in numbers if not 0 <= number < num_classes)
-    return f"class number {wrong} for {num_classes} classes"
-
-
-def _parse_class(data: bytes | memoryview) -> Target:
-    text = bytes(data)
-    if not text.isdigit():
-        raise ValueError(f"its .cls member is {text[:20]!r}, not a class number")
-    return Target(
-        label=int(text),
-        boxes=np.zeros((0, 4), np.float32),
-        labels=np.zeros(0, np.int64),
-        difficult=np.zeros(0, np.bool_),
-        width=0,
-        height=0,
-    )
-
-
-def _parse_boxes(data: bytes | memoryview) -> Target:
-    try:
-        value: dict[str, Any] = json.loads(bytes(data))
-        boxes = np.array(value["boxes"], dtype=np.float32).reshape(-1, 4)
-        labels = np.array(value["labels"], dtype=np.int64)
-        difficult = np.array(value["difficult"], dtype=np.bool_)
-        width, height = int(value["width"]), int(value["height"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"its .json member is no target ({type(error).__name__})") from error
-    if not (labels.shape == difficult.shape == (len(boxes),)) or len(value["boxes"]) != len(boxes):
-        raise ValueError("its .json member has boxes, labels and difficult of different lengths")
-    if width < 1 or height < 1 or not np.all(np.isfinite(boxes)):
-        raise ValueError("its .json member has an impossible size or box")
-    return Target(-1, boxes, labels, difficult, width, height)

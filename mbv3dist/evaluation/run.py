@@ -1,12 +1,13 @@
 """Evaluation of a model on a split, exact on any number of processes.
 
-Each rank scores its own contiguous part of the split, every sample once, without padding and
-without any communication in the loop (the unwrapped model is called, since DDP's forward
-synchronises buffers). At the end counts are summed in int64, loss sums in float64, and detections
-are brought together on rank 0, which scores them; every rank gets the result.
+The split is cut into the same batches for any number of ranks. Each rank scores its own contiguous
+part of them, every sample once, without padding and without any communication in the loop (the
+unwrapped model is called, since DDP's forward synchronises buffers). At the end counts are summed
+in int64, loss sums in float64, and detections are brought together on rank 0, which scores them;
+every rank gets the result.
 
-What a sample's outputs are does not depend on the number of ranks but for the last bits: kernels
-may round differently for batches of another size.
+Since kernels may round differently for batches of another size, batches that are always the same
+make counts, detections and mAP independent of the number of ranks to the last bit.
 """
 
 from collections.abc import Callable
@@ -21,10 +22,9 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from mbv3dist.data.batch import Batch
+from mbv3dist.data.division import evaluation_range
 from mbv3dist.data.index import Split
-from mbv3dist.data.loader import eval_batches
-from mbv3dist.data.plan import evaluation_range
-from mbv3dist.data.reader import Reader
+from mbv3dist.data.loader import CacheOptions, eval_batches
 from mbv3dist.evaluation.classification import TopK
 from mbv3dist.evaluation.detection import DetectionEvaluator
 from mbv3dist.models.directory import ModelSpec
@@ -48,6 +48,7 @@ def evaluate(
     device: torch.device | str | None = None,
     num_threads: int = 2,
     min_negatives: int = 0,
+    cache: CacheOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Score a model on a split.
@@ -62,6 +63,7 @@ def evaluate(
         device: Where to compute; None: where the model is.
         num_threads: Decoding threads per rank.
         min_negatives: As in training, for the validation loss of a detector.
+        cache: How shards of a remote data set are kept.
         progress: Called with (pictures done, pictures of this rank).
 
     Returns:
@@ -79,10 +81,10 @@ def evaluate(
         model = model.module
     device = next(model.parameters()).device if device is None else torch.device(device)
     failure = None
-    with Reader(split) as reader, evaluation_mode(model.to(device)):
+    with evaluation_mode(model.to(device)):
         scorer: _Classification | _Detection
         if spec.task == "detection":
-            scorer = _Detection(model, spec, reader, min_negatives=min_negatives)
+            scorer = _Detection(model, spec, min_negatives=min_negatives)
         else:
             scorer = _Classification(split.classes)
         try:
@@ -94,6 +96,7 @@ def evaluate(
                 batch_size=batch_size,
                 device=device,
                 num_threads=num_threads,
+                cache=cache,
                 progress=progress,
             )
         except (ValueError, OSError) as error:
@@ -109,7 +112,7 @@ def check_fit(spec: ModelSpec, split: Split) -> None:
     Raises:
         ValueError: With both and the cure.
     """
-    where = f"split {split.name!r} of {split.root}"
+    where = f"split {split.name!r} of {split.where}"
     if spec.task != split.task:
         raise ValueError(
             f"{where} is a {split.task} data set, the model ({spec.architecture}) is for "
@@ -139,11 +142,12 @@ def _score_part(
     batch_size: int,
     device: torch.device,
     num_threads: int,
+    cache: CacheOptions | None,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Run the model over this rank's samples; no communication happens in here."""
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if _is_distributed() else (0, 1)
-    mine = evaluation_range(len(split), rank=rank, world_size=world_size)
+    mine = evaluation_range(len(split), rank=rank, world_size=world_size, batch_size=batch_size)
     done = 0
     batches = eval_batches(
         split,
@@ -154,6 +158,7 @@ def _score_part(
         world_size=world_size,
         num_threads=num_threads,
         pin_memory=device.type == "cuda",
+        cache=cache,
     )
     for batch in batches:
         indices = batch.index.tolist()
@@ -201,15 +206,11 @@ class _Classification:
 class _Detection:
     """Detections, objects and multibox loss of one rank."""
 
-    def __init__(
-        self, model: nn.Module, spec: ModelSpec, reader: Reader, *, min_negatives: int
-    ) -> None:
+    def __init__(self, model: nn.Module, spec: ModelSpec, *, min_negatives: int) -> None:
         self._model = model
         self._spec = spec
         self._min_negatives = min_negatives
         self._evaluator = DetectionEvaluator(spec.classes)
-        # The truth is taken from the data set itself, not back from the canvas: no rounding.
-        self._reader = reader
         self._sums: list[Tensor] = []  # [3]: regression, classification, positives
         self._others_sums = np.zeros(3)
 
@@ -231,8 +232,8 @@ class _Detection:
             view=batch.view.cpu().numpy(),
             size=batch.size.cpu().numpy(),
         )
-        for index, detections in zip(indices, found, strict=True):
-            truth = self._reader.target(index)
+        # The truth is taken from the data set itself, not back from the canvas: no rounding.
+        for index, truth, detections in zip(indices, batch.targets, found, strict=True):
             self._evaluator.add(
                 index,
                 boxes=detections.boxes,

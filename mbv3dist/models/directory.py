@@ -21,7 +21,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from mbv3dist.messages import shown
 from mbv3dist.models.anchors import AnchorConfig
+from mbv3dist.models.description import check_fields, check_size, parse_json
 from mbv3dist.models.mobilenetv3 import BN_EPS, TIMM_BN_EPS, create_classifier
 from mbv3dist.models.ssdlite import SSDLite
 from mbv3dist.models.weights import load_state
@@ -306,6 +308,13 @@ def load_model(path: str | Path) -> LoadedModel:
             )
     spec = spec_from_json((path / SPEC_FILE).read_bytes(), source=str(path / SPEC_FILE))
     weights = path / WEIGHTS_FILE
+    check_size(
+        weights,
+        width=spec.width,
+        num_classes=len(spec.classes),
+        input_size=spec.input_size,
+        anchors_per_cell=spec.anchors.num_per_cell if spec.anchors else 0,
+    )
     try:
         state = load_file(weights)
     except SafetensorError as error:
@@ -336,7 +345,7 @@ def spec_from_json(text: str | bytes, *, source: str = SPEC_FILE) -> ModelSpec:
         ValueError: if it is no description of a model.
     """
     try:
-        content = json.loads(text)
+        content = parse_json(text)
     except ValueError as error:
         raise ValueError(f"{source}: no JSON ({error}); copy the file again") from error
     try:
@@ -353,7 +362,7 @@ _NESTED = {"preprocess": Preprocess, "anchors": AnchorConfig, "thresholds": Thre
 def _build(kind: type, content: Any, *, source: str) -> Any:
     """Build a dataclass from parsed JSON: lists become tuples, nested objects dataclasses."""
     if not isinstance(content, dict):
-        raise ValueError(f"{source}: {content!r} should be an object with {kind.__name__}'s keys")
+        raise ValueError(f"{source}: {shown(content)} is no object with {kind.__name__}'s keys")
     names = {f.name for f in fields(kind)}
     values = {}
     for name, value in content.items():
@@ -362,6 +371,7 @@ def _build(kind: type, content: Any, *, source: str) -> Any:
         if name in _NESTED and value is not None:
             value = _build(_NESTED[name], value, source=source)
         values[name] = tuple(value) if isinstance(value, list) else value
+    check_fields(kind, values, source=source)
     return kind(**values)
 
 

@@ -7,16 +7,16 @@ it is one to one, so it serves both directions.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.models._efficientnet_blocks import ConvBnAct, DepthwiseSeparableConv, InvertedResidual
 from torch import Tensor, nn
 
+from mbv3dist.messages import shown
+from mbv3dist.models.pickles import load_pickle
 from mbv3dist.models.ssdlite import SSDLite
 
 State = dict[str, Tensor]
@@ -42,11 +42,8 @@ def read_state(path: str | Path) -> State:
     if not path.is_file():
         raise ValueError(f"weights: {path} does not exist; give a .pth or .safetensors file")
     try:
-        if path.suffix == ".safetensors":
-            content = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, KeyError) as error:
+        content = load_file(path) if path.suffix == ".safetensors" else load_pickle(path)
+    except (SafetensorError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
             f"weights: {path} cannot be read as weights ({reason}); it is damaged, or a pickle of "
@@ -57,11 +54,16 @@ def read_state(path: str | Path) -> State:
             content = content[wrapper]
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"weights: {path} holds no state dict; save model.state_dict() into it")
-    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    state = {
+        name: value
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Tensor)
+    }
     if len(state) != len(content):
         other = next(name for name in content if name not in state)
         raise ValueError(
-            f"weights: {path} holds {other!r}, which is no tensor; save model.state_dict() into it"
+            f"weights: {path} holds {shown(other)}, which is no tensor; save model.state_dict() "
+            "into it"
         )
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in state):

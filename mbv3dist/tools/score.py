@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from mbv3dist.data.index import open_split
+from mbv3dist.data.store import CacheOptions, node_options
 from mbv3dist.evaluation.run import evaluate
 from mbv3dist.inference.predict import choose_device
 from mbv3dist.models.directory import load_model
@@ -20,6 +21,7 @@ def score(
     batch_size: int = 32,
     num_threads: int = 2,
     device: str = "auto",
+    cache: CacheOptions | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any] | None:
     """Scores a model directory on a split; under torchrun the ranks share the work.
@@ -31,6 +33,7 @@ def score(
         batch_size: pictures per rank and step.
         num_threads: decoding threads per rank.
         device: auto, cpu, cuda or cuda:N; under a launcher each rank takes its own.
+        cache: how shards of a remote data set are kept.
         progress: called with (pictures done, pictures of this rank).
 
     Returns:
@@ -40,7 +43,8 @@ def score(
         ValueError: model and data do not fit, or the device is not there.
     """
     loaded = load_model(model)
-    opened = open_split(data, split)
+    cache = cache or node_options()
+    opened = open_split(data, split, cache_dir=cache.folder)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import PartialState
 
@@ -57,6 +61,7 @@ def score(
         batch_size=batch_size,
         device=target,
         num_threads=num_threads,
+        cache=cache,
         progress=progress,
     )
     if torch.distributed.is_initialized():

@@ -133,17 +133,17 @@ class StopRequest:
     def __init__(self) -> None:
         self.received = False
         self._previous = {number: signal.signal(number, self._handle) for number in self.signals}
-        self._group: Any = dist.new_group(backend="gloo") if is_distributed() else None
+        self.group: Any = dist.new_group(backend="gloo") if is_distributed() else None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = True
 
     def agreed(self) -> bool:
         """Whether any rank was asked to stop. Every rank must call this at the same step."""
-        if self._group is None:
+        if self.group is None:
             return self.received
         flag = torch.tensor([int(self.received)])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
         return bool(flag.item())
 
     def __enter__(self) -> "StopRequest":

@@ -77,7 +77,7 @@ def _write_samples(folder: Path, model: nn.Module, spec: ModelSpec, split: Split
         answers = classify((model, spec), pictures, top=3)
         drawn = [draw_classes(p, top) for p, top in zip(pictures, answers, strict=True)]
     model.train(was_training)
-    names = [f"{split.key(index)}.jpg" for index in indices]
+    names = [f"{split.key(index)}.jpg".replace(":", "-") for index in indices]
     for name, picture in zip(names, drawn, strict=True):
         picture.save(folder / name, quality=92)
     return names

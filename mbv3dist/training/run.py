@@ -21,6 +21,7 @@ from mbv3dist.evaluation.run import evaluate
 from mbv3dist.models.directory import save_model
 from mbv3dist.training.checkpoint import save_checkpoint
 from mbv3dist.training.color import adjust_color
+from mbv3dist.training.damage import DamageLedger
 from mbv3dist.training.optim import lr_factor, set_lr, train_mode
 from mbv3dist.training.processes import (
     StopRequest,
@@ -97,7 +98,10 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
         start_step=plan.num_steps if is_out_of_patience(run) else run.start_step,
         pin_memory=device.type == "cuda",
         verify=config.data.verify,
+        error_budget=config.data.error_budget,
+        cache=run.cache,
     )
+    loader.budget.damaged.update(run.damaged)
     with (
         StopRequest() as stop,
         Tracker(
@@ -106,6 +110,7 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
         loader,
     ):
         tracker.say(_banner(run))
+        ledger = DamageLedger(loader.budget, run.train_split, config.run_dir, group=stop.group)
         train_mode(run.step_model, freeze_bn=config.model.freeze_bn)
         for step, batch in loader:
             batch = batch.to(device)
@@ -144,7 +149,11 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
             meter.step(batch.image.shape[0] * world_size, loader.wait_s)
             epoch = plan.epochs_done(step)
             is_end = step == plan.num_steps
-            if step % config.tracking.log_every_steps == 0 or is_end:
+            is_eval = run.val_split is not None and _is_eval_step(run, step)
+            if is_eval or is_end or _is_checkpoint_step(run, step) or is_log_step(config, step):
+                for reason in ledger.agree():
+                    tracker.say(f"warning: goes with weight 0: {reason}")
+            if is_log_step(config, step) or is_end:
                 lr = run.optimizer.param_groups[-1]["lr"]
                 values = {"epoch": round(epoch, 4), **meter.read(), "lr": lr}
                 if not values["loss"] < float("inf"):
@@ -152,7 +161,7 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
                 tracker.record("train", step, values)
                 stopped = stop.agreed() and not is_end
 
-            if run.val_split is not None and _is_eval_step(run, step):
+            if is_eval:
                 val = validate(run)
                 _note_score(run, val[task.metric])
                 if run.evals_without_gain == 0:
@@ -164,7 +173,7 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
                 is_end = is_end or is_out_of_patience(run)
 
             if _is_checkpoint_step(run, step) or stopped or is_end:
-                on_main_process(partial(_save_checkpoint, run, step))
+                on_main_process(partial(_save_checkpoint, run, step, loader))
             if stopped or is_end:
                 break
         if stopped:
@@ -200,6 +209,7 @@ def validate(run: Run) -> dict[str, Any]:
             batch_size=run.config.eval.batch_size,
             device=run.accelerator.device,
             num_threads=run.config.data.num_threads,
+            cache=run.cache,
             min_negatives=run.config.model.min_negatives,
         )
 
@@ -215,7 +225,7 @@ def full_precision(model: nn.Module) -> Iterator[None]:
             model.__dict__["forward"] = patched
 
 
-def _save_checkpoint(run: Run, step: int) -> None:
+def _save_checkpoint(run: Run, step: int, loader: Loader) -> None:
     weights = [weight.isfinite().all() for weight in run.model.parameters()]
     if not torch.stack(weights).all():
         raise ValueError(f"the weights are not finite after step {step}, not saved; {_CALM}")
@@ -230,6 +240,8 @@ def _save_checkpoint(run: Run, step: int) -> None:
         optimizer=optimizer,
         state={
             "identity": identity(run),
+            "data": loader.state(),
+            "damaged": loader.budget.damaged,
             "best_score": run.best_score,
             "evals_without_gain": run.evals_without_gain,
         },
@@ -267,6 +279,11 @@ def is_out_of_patience(run: Run) -> bool:
     """Whether early stopping has ended, or ends, the run."""
     patience = run.config.eval.early_stop
     return 0 < patience <= run.evals_without_gain
+
+
+def is_log_step(config: TrainConfig, step: int) -> bool:
+    """Every so many steps: metrics are recorded, and requests to stop heard."""
+    return step % config.tracking.log_every_steps == 0
 
 
 def _is_eval_step(run: Run, step: int) -> bool:

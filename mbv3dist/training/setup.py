@@ -16,8 +16,12 @@ from torch import Tensor, nn
 
 from mbv3dist.config import TrainConfig
 from mbv3dist.data.batch import Batch
-from mbv3dist.data.index import Split, open_split
+from mbv3dist.data.index import Split
+from mbv3dist.data.joined import choose_pass, open_splits
 from mbv3dist.data.plan import Plan
+from mbv3dist.data.state import ACCEPTABLE, resume_step
+from mbv3dist.data.store import CacheOptions, node_options
+from mbv3dist.messages import shown
 from mbv3dist.models.anchors import AnchorConfig
 from mbv3dist.models.directory import ModelSpec, Thresholds, load_model, model_from_spec, new_spec
 from mbv3dist.models.ssdlite import SSDLite, parameter_groups
@@ -28,6 +32,7 @@ from mbv3dist.training.checkpoint import (
     find_checkpoint,
     list_checkpoints,
     load_checkpoint,
+    restore,
 )
 from mbv3dist.training.classification import ClassificationTask
 from mbv3dist.training.detection import DetectionTask
@@ -74,6 +79,8 @@ class Run:
     start_step: int
     best_score: float
     evals_without_gain: int
+    cache: CacheOptions
+    damaged: dict[int, str]  # samples the run went without before it was resumed
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -82,24 +89,26 @@ def prepare(config: TrainConfig) -> Run:
     check_devices(torch.cuda.device_count())
     if config.num_cpu_threads:
         torch.set_num_threads(config.num_cpu_threads)
-    train_split = open_split(config.data.path, config.data.train_split)
-    val_split = (
-        open_split(config.data.path, config.data.val_split) if config.data.val_split else None
-    )
+    train_split, val_split = open_data(config)
     if train_split.task != config.task:
         raise ValueError(
-            f"{config.data.path} is a {train_split.task} data set and --model.architecture "
+            f"{train_split.where} is a {train_split.task} data set and --model.architecture "
             f"{config.model.architecture} a {config.task} model; convert the data with --task "
             f"{config.task}, or choose another architecture"
         )
     plan = Plan(
-        [shard.num_samples for shard in train_split.shards],
+        train_split.shard_sizes,
         global_batch_size=config.data.global_batch_size,
         epochs=config.epochs,
         seed=config.seed,
         lanes=config.data.lanes,
         block_shards=config.data.block_shards,
         tail=config.data.tail,
+        samples=choose_pass(
+            train_split,
+            weights=config.data.weights,
+            balance_classes=config.data.balance_classes,
+        ),
     )
     parts = int(os.environ.get("WORLD_SIZE", "1")), config.optim.accumulation_steps
     plan.check_world(*parts)
@@ -154,12 +163,24 @@ def prepare(config: TrainConfig) -> Run:
         start_step=0,
         best_score=-1.0,
         evals_without_gain=0,
+        cache=node_options(config.data.cache_dir, int(config.data.cache_gb * 1e9)),
+        damaged={},
     )
     if is_distributed():
         _settle_buckets(run)
     if config.resume == "auto":
         _resume(run)
     return run
+
+
+def open_data(config: TrainConfig) -> tuple[Split, Split | None]:
+    """The training split, and the validation split if the recipe names one."""
+    data = config.data
+    cache_dir = data.cache_dir or None
+    train_split = open_splits(data.path, data.train_split, cache_dir=cache_dir)
+    if not data.val_split:
+        return train_split, None
+    return train_split, open_splits(data.val_path or data.path, data.val_split, cache_dir=cache_dir)
 
 
 def make_accelerator(config: TrainConfig) -> Accelerator:
@@ -271,29 +292,54 @@ def _resume(run: Run) -> None:
         )
     checkpoint = load_checkpoint(path)
     _check_same_run(run, checkpoint, path)
-    run.model.load_state_dict(checkpoint.model)
-    if run.ema is not None and checkpoint.ema is not None:
-        run.ema.module.load_state_dict(checkpoint.ema)  # type: ignore[union-attr]
-    # Rates and decay are the recipe's of today; momentum buffers come from the checkpoint.
-    recipe = [{k: v for k, v in g.items() if k != "params"} for g in run.optimizer.param_groups]
-    run.optimizer.load_state_dict(checkpoint.optimizer["optimizer"])
-    for group, values in zip(run.optimizer.param_groups, recipe, strict=True):
-        group.update(values)
-    if run.accelerator.scaler is not None and "scaler" in checkpoint.optimizer:
-        run.accelerator.scaler.load_state_dict(checkpoint.optimizer["scaler"])
-    run.start_step = checkpoint.step
+    restore(
+        checkpoint,
+        path,
+        model=run.model,
+        ema=None if run.ema is None else run.ema.module,  # type: ignore[arg-type]
+        optimizer=run.optimizer,
+        scaler=run.accelerator.scaler,
+    )
+    run.start_step, warnings = _resume_data(run, checkpoint, path)
+    for warning in warnings:
+        run.accelerator.print(f"warning: accepted: {warning}")
+    run.damaged = {int(index): reason for index, reason in checkpoint.state["damaged"].items()}
     run.best_score = checkpoint.state["best_score"]
     run.evals_without_gain = checkpoint.state["evals_without_gain"]
 
 
+def _resume_data(run: Run, checkpoint: Checkpoint, path: Path) -> tuple[int, list[str]]:
+    """The step to go on from, if the checkpoint's data state is that of this run."""
+    accept = run.config.data.accept_changes
+    unknown = [name for name in accept if name not in ACCEPTABLE]
+    if unknown:
+        raise ValueError(
+            f"--data.accept_changes {unknown[0]}: cannot be accepted; what can: "
+            f"{', '.join(ACCEPTABLE)}"
+        )
+    try:
+        step, warnings = resume_step(
+            checkpoint.state["data"], run.train_split, run.plan, accept=accept
+        )
+    except ValueError as error:
+        raise ValueError(f"{path}: cannot be continued: {error}") from None
+    assert step == checkpoint.step
+    return step, warnings
+
+
 def _check_same_run(run: Run, checkpoint: Checkpoint, path: Path) -> None:
     """A checkpoint of other data, another order or another model cannot be continued."""
+    if "data" not in checkpoint.state:
+        raise ValueError(
+            f"{path}: was written by an older mbv3dist and cannot be continued; start another run "
+            f"with --name, from these weights with --model.init_from {run.config.run_dir / 'last'}"
+        )
     mine = identity(run)
     theirs = checkpoint.state["identity"]
     for name, value in mine.items():
         if theirs.get(name) != value:
             raise ValueError(
-                f"{path}: cannot be continued: {name} was {theirs.get(name)!r} and is now "
+                f"{path}: cannot be continued: {name} was {shown(theirs.get(name))} and is now "
                 f"{value!r}; restore it, or start another run with --name, from these weights with "
                 f"--model.init_from {run.config.run_dir / 'last'}"
             )
@@ -311,11 +357,9 @@ def identity(run: Run) -> dict[str, Any]:
         "bn_eps": run.spec.bn_eps,
         "anchors": json.loads(json.dumps(asdict(run.spec.anchors))) if run.spec.anchors else None,
         "parameter groups": [[g["name"], len(g["params"])] for g in run.optimizer.param_groups],
-        "data fingerprint": run.train_split.fingerprint,
         "optimizer": run.config.optim.name,
         "ema_decay": run.config.optim.ema_decay,
         "epochs": run.config.epochs,
-        **run.plan.state(),
     }
 
 

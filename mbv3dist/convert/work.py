@@ -1,0 +1,244 @@
+"""What one part of a conversion does for one split: prepare pictures, pack shards, leave a note.
+
+All of it lies in the part's own folder: ``prepared/`` (see prepare.py), ``shards/`` with a
+``NUMBER.done`` beside it for each whole shard, and at the end ``sources.tsv``, ``labels.npy``,
+``num_labels.npy``, ``sizes.npy`` and ``part.json``, the note that says that the part is done.
+Whole pieces are found again when a killed conversion is started with the same input and settings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mbv3dist.convert.order import PackOrder, Share, stretch
+from mbv3dist.convert.prepare import Request, prepare_chunk
+from mbv3dist.convert.records import Job, Options, Problem, Settings
+from mbv3dist.convert.samples import CHUNK, Samples, npy_bytes, read_chunks
+from mbv3dist.convert.workers import run_all
+from mbv3dist.convert.writer import cut_shards, done_file, pack_shard, write_file
+from mbv3dist.data.idx import TARGET_EXTENSIONS, format_key
+
+Progress = Callable[[int], None]
+
+
+@dataclass(eq=False)
+class Work:
+    """A split's part on its way.
+
+    Attributes:
+        job: The split with all its records, also those of other parts.
+        settings: How pictures become samples.
+        options: Workers, shard size, ...
+        classes: Names of the classes.
+        common: All that decides about the result besides the records.
+        order: The pack order of the whole split.
+        share: What this part makes of it.
+        folder: Where it works.
+        sizes: int64 [m], bytes of the files of the share's records; -1 where there is none.
+        samples: Once prepared.
+        problems: What is wrong with the part's pictures; what listing found stands in the job.
+        counts: What was done to its pictures.
+    """
+
+    job: Job
+    settings: Settings
+    options: Options
+    classes: Sequence[str]
+    common: list[Any]
+    order: PackOrder
+    share: Share = field(init=False)
+    folder: Path = field(init=False)
+    sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    samples: Samples | None = None
+    problems: list[Problem] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def enter(self, folder: Path) -> None:
+        """Settle what this part does, and where."""
+        self.share = self.order.share(*self.part)
+        self.folder = folder
+
+    @property
+    def part(self) -> tuple[int, int]:
+        """Number of the part, from 1, and how many there are."""
+        return self.options.part or (1, 1)
+
+
+def note_file(folder: Path) -> Path:
+    """Return the file in a part's folder that says that the part is done."""
+    return folder / "part.json"
+
+
+def input_digest(common: list[Any], job: Job, sizes: np.ndarray) -> str:
+    """Return the digest of all that goes into a split, which is published with it.
+
+    Args:
+        common: Settings, classes, names of the roots, seed and shard size.
+        job: The split.
+        sizes: int64 [num_records], bytes of the records' files; -1 where there is none.
+    """
+    digest = hashlib.sha256(_head(common, job, job.problems))
+    for row in _rows(job, np.arange(len(job.records)), sizes):
+        digest.update(repr(row).encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
+
+
+def rows_digest(job: Job, numbers: np.ndarray, sizes: np.ndarray) -> str:
+    """Return the digest of some records and their files' sizes."""
+    digest = hashlib.sha256()
+    for row in _rows(job, numbers, sizes):
+        digest.update(repr(row).encode("utf-8", "backslashreplace"))
+    return digest.hexdigest()
+
+
+def _head(common: list[Any], job: Job, problems: list[Problem]) -> bytes:
+    text = json.dumps([*common, job.split], ensure_ascii=True).encode("ascii")
+    return text + repr(sorted(map(str, problems))).encode("utf-8", "backslashreplace")
+
+
+def _rows(job: Job, numbers: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[Any, ...]]:
+    for number, size in zip(numbers.tolist(), sizes.tolist(), strict=True):
+        record = job.records[number]
+        yield record.source, record.label, record.boxes, record.declared_size, size
+
+
+def file_sizes(job: Job, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return sizes and times of change of some records' files, int64 [n] each; -1 for no file."""
+    facts = np.full((2, len(numbers)), -1, np.int64)
+    for place, number in enumerate(numbers.tolist()):
+        try:
+            status = os.stat(job.records[number].path)
+        except OSError:
+            continue
+        facts[:, place] = status.st_size, status.st_mtime_ns
+    return facts[0], facts[1]
+
+
+def open_work(work: Work) -> bool:
+    """Keep what is in the part's folder if it is of the same input and settings, else clear it.
+
+    Returns:
+        Whether the part is done already.
+    """
+    work.sizes, times = file_sizes(work.job, work.share.records)
+    digest = hashlib.sha256(_head([*work.common, *work.part], work.job, []))
+    digest.update(work.share.places.tobytes())
+    rows = zip(_rows(work.job, work.share.records, work.sizes), times.tolist(), strict=True)
+    for number, (row, time_ns) in zip(work.share.records.tolist(), rows, strict=True):
+        path = work.job.records[number].path
+        digest.update(repr((*row, path, time_ns)).encode("utf-8", "backslashreplace"))
+    state, file = digest.hexdigest(), work.folder / "state"
+    work.folder.mkdir(parents=True, exist_ok=True)
+    if not file.is_file() or file.read_text() != state:
+        for path in work.folder.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        file.write_text(state)
+    (work.folder / "prepared").mkdir(exist_ok=True)
+    (work.folder / "shards").mkdir(exist_ok=True)
+    return note_file(work.folder).is_file()
+
+
+def own_problems(work: Work) -> list[Problem]:
+    """Return this part's stretch of what listing found: each problem is named by one part."""
+    return work.job.problems[stretch(len(work.job.problems), *work.part)]
+
+
+def prepare(work: Work, tick: Progress) -> None:
+    """Decode and check all pictures of the part; then its samples and problems are known."""
+    folder, numbers = work.folder / "prepared", work.share.records
+    starts = range(0, len(numbers), CHUNK)
+    missing = [n for n in range(len(starts)) if not (folder / f"{n:06d}.json").is_file()]
+    lengths = [len(numbers[starts[number] : starts[number] + CHUNK]) for number in missing]
+    tick(len(numbers) - sum(lengths))
+    calls = ((_requests(work, starts[number]), work.settings, folder, number) for number in missing)
+    workers = work.options.workers
+    for position, _ in run_all(prepare_chunk, calls, len(missing), workers=workers):
+        tick(lengths[position])
+    starts_of = work.order.starts
+    work.samples, work.problems, work.counts = read_chunks(folder, work.share, starts_of)
+
+
+def _requests(work: Work, first: int) -> list[Request]:
+    """Return what to prepare in the chunk that begins with the share's record ``first``."""
+    share, starts = work.share, work.order.starts
+    numbers = share.records[first : first + CHUNK].tolist()
+    if work.settings.label_from != "crops" or work.part[1] == 1:
+        return [Request(work.job.records[number]) for number in numbers]
+    wanted = np.sort(share.places)
+    requests = []
+    for number, owned in zip(numbers, share.owned[first : first + CHUNK].tolist(), strict=True):
+        low, high = np.searchsorted(wanted, starts[number : number + 2])
+        places = frozenset((wanted[low:high] - starts[number]).tolist())
+        requests.append(Request(work.job.records[number], places, owned))
+    return requests
+
+
+def pack(work: Work, tick: Progress) -> None:
+    """Write the shards that are not there yet, then all that publishing needs, then the note."""
+    assert work.samples is not None
+    samples, table, records = work.samples, work.samples.table, work.job.records
+    folder = work.folder / "shards"
+    starts = cut_shards(table["picture_size"], table["target_size"], work.options.shard_bytes)
+    rows = [_whole_shard(folder, number) for number in range(len(starts) - 1)]
+    missing = [number for number, row in enumerate(rows) if row is None]
+    extension = TARGET_EXTENSIONS[work.settings.task]
+    calls = (
+        (
+            samples.entries(starts[number], starts[number + 1], records),
+            extension,
+            work.folder / "prepared",
+            folder,
+            number,
+        )
+        for number in missing
+    )
+    for position, row in run_all(pack_shard, calls, len(missing), workers=work.options.workers):
+        number = missing[position]
+        rows[number] = row
+        tick(starts[number + 1] - starts[number])
+    for path in folder.glob("*.tmp"):
+        path.unlink()  # of a worker that was killed
+    tick(len(work.share.records))
+    _finish(work, [row for row in rows if row is not None])
+
+
+def _finish(work: Work, rows: list[dict[str, Any]]) -> None:
+    assert work.samples is not None
+    samples, table, records = work.samples, work.samples.table, work.job.records
+    starts = work.order.starts if work.settings.label_from == "crops" else None
+    lines = (
+        f"{format_key(key)}\t{source}\n".encode()
+        for key, source in enumerate(samples.sources(records, starts), start=samples.first)
+    )
+    write_file(work.folder / "sources.tsv", lines)
+    write_file(work.folder / "labels.npy", npy_bytes(samples.labels))
+    write_file(work.folder / "num_labels.npy", npy_bytes(table["num_labels"]))
+    write_file(work.folder / "sizes.npy", npy_bytes(work.sizes))
+    note = {
+        "rows": rows_digest(work.job, work.share.records, work.sizes),
+        "samples": len(samples),
+        "boxes": int(table["num_boxes"].sum()),
+        "counts": dict(work.counts),
+        "problems": [asdict(problem) for problem in work.problems],
+        "shards": rows,
+    }
+    write_file(note_file(work.folder), json.dumps(note).encode("ascii"))
+
+
+def _whole_shard(folder: Path, number: int) -> dict[str, Any] | None:
+    """Return the row of a shard that an earlier, killed run has finished, or None."""
+    tar, done = folder / f"{number:06d}.tar", done_file(folder, number)
+    if not done.is_file() or not tar.is_file():
+        return None
+    row: dict[str, Any] = json.loads(done.read_bytes())
+    return row if tar.stat().st_size == row["filesize"] else None
