@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -73,6 +74,12 @@ def write_imagefolder(root: Path, *, per_class: int = 7, seed: int = 0) -> Path:
             path = root / name / f"{number}.jpg"
             Image.fromarray(pixels.astype(np.uint8)).save(path, quality=92)
     return root
+
+
+def pytest_report_header() -> str:
+    """Say what serves the tests of remote shards."""
+    nginx = shutil.which("nginx", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
+    return f"http server: {nginx or 'a range server of our own (no nginx here)'}"
 
 
 @pytest.fixture(autouse=True)

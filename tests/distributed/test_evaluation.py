@@ -1,51 +1,23 @@
 """Evaluation on several real processes: every sample once, and the figures of one process."""
 
 import json
-import subprocess
-import sys
+import os
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import environment, write_voc
+from conftest import write_imagefolder, write_voc
+from ranks import fork_ranks, run_ranks
 
+from mbv3dist.convert.imagefolder import convert_imagefolder
 from mbv3dist.convert.voc import convert_voc
 from mbv3dist.data.index import open_split
-from mbv3dist.evaluation.run import evaluate
 from mbv3dist.models.directory import load_model, model_from_spec, new_spec, save_model
 
 CLASSES = ("blue", "green", "red")
-
-# Three processes from one launch (imports take longest) score on three ranks, then on two.
-WORKER = """
-import json, os, sys
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from mbv3dist.data.index import open_split
-from mbv3dist.evaluation.run import evaluate
-from mbv3dist.models.directory import load_model
-
-jobs, out, rank = json.loads(sys.argv[1]), sys.argv[2], int(os.environ["RANK"])
-torch.set_num_threads(1)
-for world_size in (3, 2):
-    if rank >= world_size:
-        continue
-    store = f"file://{out}.store{world_size}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    results = []
-    for model, data in jobs:
-        loaded = load_model(model)
-        wrapped = DistributedDataParallel(loaded.model)
-        try:
-            result = evaluate(wrapped, loaded.spec, open_split(data, "val"), batch_size=2)
-        except ValueError as error:
-            result = str(error)
-        results.append(result)
-    with open(f"{out}.{world_size}.{rank}", "w") as handle:
-        json.dump(results, handle)
-    dist.destroy_process_group()
-"""
+NUM_SAMPLES = 19
+WORLD_SIZES = (1, 2, 3, 4)
 
 
 def small_model(path, architecture, *, size):
@@ -73,46 +45,99 @@ def damaged_copy(data, out):
     return out
 
 
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """(model, data set, batch size) to score; the last data set is damaged."""
+    root = tmp_path_factory.mktemp("evaluation")
+    # Of write_voc's pictures, the last third is `val`.
+    for name, size in (("boxes", 3 * NUM_SAMPLES - 2), ("few", 5)):
+        source = write_voc(root / f"VOC {name}", num_pictures=size)
+        convert_voc([source], root / name, split="val", workers=1, shard_bytes=20_000)
+    source = write_imagefolder(root / "colours", per_class=7)
+    (source / "blue" / "0.jpg").unlink()
+    (source / "red" / "3.jpg").unlink()
+    convert_imagefolder(source, root / "classes", split="val", workers=1, shard_bytes=9_000)
+    sizes = [len(open_split(root / name, "val")) for name in ("boxes", "classes", "few")]
+    assert sizes == [NUM_SAMPLES, NUM_SAMPLES, 2]
+    assert all(NUM_SAMPLES % world_size for world_size in WORLD_SIZES[1:])
+    detector = small_model(root / "ssd", "ssdlite_mobilenetv3_small", size=64)
+    classifier = small_model(root / "net", "mobilenetv3_small", size=32)
+    return [
+        (detector, str(root / "boxes"), 2),
+        (classifier, str(root / "classes"), 3),
+        (detector, str(root / "boxes"), 7),  # three batches: a fourth rank has nothing to do
+        (classifier, str(root / "classes"), 32),  # one batch, and all ranks but one have nothing
+        (detector, str(root / "few"), 2),
+        (classifier, str(damaged_copy(root / "classes", root / "damaged")), 3),
+    ]
+
+
+def score_on_all(*, rank, world_size, jobs, out):
+    """Scores every job on each number of ranks, forked from here: imports take longest."""
+    torch.set_num_threads(1)
+    models = [load_model(model) for model, _, _ in jobs]
+    for number in WORLD_SIZES:
+        codes = fork_ranks(score, number, jobs=jobs, models=models, out=out)
+        assert codes == [0] * number
+
+
+def score(*, rank, world_size, jobs, models, out):
+    """A rank; it leaves the results of all jobs, or their errors, in a file."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    from mbv3dist.evaluation.run import evaluate
+
+    if world_size > 1:
+        os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{out / f'store {world_size}'}",
+            rank=rank,
+            world_size=world_size,
+            timeout=timedelta(seconds=60),
+        )
+    results = []
+    for (_, data, batch_size), loaded in zip(jobs, models, strict=True):
+        model = DistributedDataParallel(loaded.model) if world_size > 1 else loaded.model
+        try:
+            result = evaluate(model, loaded.spec, open_split(data, "val"), batch_size=batch_size)
+        except ValueError as error:
+            result = str(error)
+        results.append(result)
+    (out / f"{world_size}.{rank}.json").write_text(json.dumps(results))
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
 def assert_same(result, expected):
-    """Equal counts, and figures equal up to the rounding of batches of another size."""
+    """The same counts and scores to the last bit, losses up to the order of float64 additions."""
     assert result.keys() == expected.keys()
     for name, value in expected.items():
-        if isinstance(value, dict):
-            assert_same(result[name], value)
-        elif value is None:
-            assert result[name] is None, name
+        if name.startswith("loss"):
+            assert result[name] == pytest.approx(value, rel=1e-12), name
         else:
-            assert result[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
+            assert result[name] == value, name
 
 
-def test_any_number_of_ranks_gives_the_same(detection_data, classification_data, tmp_path):
-    few = tmp_path / "few"  # two pictures: on three ranks one has nothing to do
-    convert_voc([write_voc(tmp_path / "voc", num_pictures=5)], few, split="val", workers=1)
-    detector = small_model(tmp_path / "ssd", "ssdlite_mobilenetv3_small", size=64)
-    classifier = small_model(tmp_path / "net", "mobilenetv3_small", size=32)
-    data = [detection_data, classification_data, few]
-    jobs = list(zip((detector, classifier, detector), data, strict=True))
-    expected = []
-    for model, where in jobs:
-        loaded = load_model(model)
-        expected.append(evaluate(loaded.model, loaded.spec, open_split(where, "val"), batch_size=2))
-    assert [result["samples"] for result in expected] == [7, 9, 2]
-    assert expected[0]["map_50"] > 0
-
-    jobs.append((classifier, damaged_copy(Path(classification_data), tmp_path / "damaged")))
-    worker = tmp_path / "worker.py"
-    worker.write_text(WORKER)
-    out = tmp_path / "results"
-    arguments = json.dumps([(model, str(where)) for model, where in jobs])
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=3"]
-    subprocess.run(
-        [*launcher, str(worker), arguments, str(out)], check=True, env=environment(), timeout=300
-    )
-    for world_size in (3, 2):
-        files = [Path(f"{out}.{world_size}.{rank}") for rank in range(world_size)]
-        ranks = [json.loads(file.read_text()) for file in files]
+def test_any_number_of_ranks_gives_the_same(jobs, tmp_path):
+    run_ranks(score_on_all, 1, jobs=jobs, out=tmp_path)
+    found = {
+        world_size: [
+            json.loads(Path(tmp_path / f"{world_size}.{rank}.json").read_text())
+            for rank in range(world_size)
+        ]
+        for world_size in WORLD_SIZES
+    }
+    *expected, failure = found[1][0]
+    assert [result["samples"] for result in expected] == [NUM_SAMPLES] * 4 + [2]
+    assert expected[0]["map_50"] > 0 and expected[0]["loss"] > 0
+    assert 0 < expected[1]["top1"] < 1
+    assert expected[1]["loss"] == pytest.approx(expected[3]["loss"], rel=1e-5)
+    for world_size in WORLD_SIZES[1:]:
+        ranks = found[world_size]
         assert all(results == ranks[0] for results in ranks)
-        for result, reference in zip(ranks[0][:3], expected, strict=True):
+        for result, reference in zip(ranks[0][:-1], expected, strict=True):
             assert_same(result, reference)
         # A rank that fails in its part does not leave the others waiting.
-        assert "000000008" in ranks[0][3]
+        assert ranks[0][-1] == failure and "000000018" in failure

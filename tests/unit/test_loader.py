@@ -14,9 +14,10 @@ from PIL import Image
 from mbv3dist.config import ViewConfig
 from mbv3dist.convert.imagefolder import convert_imagefolder
 from mbv3dist.convert.voc import convert_voc
-from mbv3dist.data import loader as loader_module
+from mbv3dist.data import drawing as drawing_module
 from mbv3dist.data.decode import Picture
-from mbv3dist.data.index import DamagedShardError, open_split
+from mbv3dist.data.idx import DamagedShardError
+from mbv3dist.data.index import open_split
 from mbv3dist.data.loader import Loader, eval_batches
 from mbv3dist.data.plan import Plan
 from mbv3dist.data.reader import Reader
@@ -74,8 +75,7 @@ def voc(tmp_path_factory):
 
 
 def make_plan(split, batch=8, epochs=2, **options):
-    sizes = [shard.num_samples for shard in split.shards]
-    return Plan(sizes, global_batch_size=batch, epochs=epochs, **options)
+    return Plan(split.shard_sizes, global_batch_size=batch, epochs=epochs, **options)
 
 
 def make_loader(split, *, view, plan=None, **options):
@@ -242,9 +242,9 @@ def test_no_threads_are_left_over_epochs(folder):
 
 def test_a_loader_closed_by_another_thread_ends(voc, monkeypatch):
     slow = threading.Event()
-    original = loader_module.make_view
+    original = drawing_module.make_view
     monkeypatch.setattr(
-        loader_module, "make_view", lambda *a, **k: (slow.wait(0.2), original(*a, **k))[1]
+        drawing_module, "make_view", lambda *a, **k: (slow.wait(0.2), original(*a, **k))[1]
     )
     loader = make_loader(voc, view=SSD, plan=make_plan(voc, batch=24))
     got = []
@@ -266,8 +266,8 @@ def test_the_buffer_is_reused_and_memory_bounded(voc):
 def test_an_unreadable_sample_is_named(folder, monkeypatch):
     original = Reader.read
 
-    def damaged(self, index):
-        data, target = original(self, index)
+    def damaged(self, index, **options):
+        data, target = original(self, index, **options)
         return (memoryview(bytes(data)[: len(data) // 2]) if index in (5, 20) else data), target
 
     monkeypatch.setattr(Reader, "read", damaged)
@@ -293,11 +293,11 @@ def test_a_wrong_recipe_is_not_called_damage(folder):
 
 def test_wrong_targets_are_named(folder, voc, monkeypatch):
     original = Reader.read
-    monkeypatch.setattr(Reader, "read", lambda self, i: (original(self, i)[0], b"7"))
+    monkeypatch.setattr(Reader, "read", lambda self, i, **k: (original(self, i)[0], b"7"))
     with pytest.raises(DamagedShardError, match="class number 7 for 3 classes"):
         list(make_loader(folder, view=CROP))
     wrong = b'{"width": 9, "height": 9, "boxes": [], "labels": [], "difficult": []}'
-    monkeypatch.setattr(Reader, "read", lambda self, i: (original(self, i)[0], wrong))
+    monkeypatch.setattr(Reader, "read", lambda self, i, **k: (original(self, i)[0], wrong))
     with pytest.raises(DamagedShardError, match=r"80 x 60 pixels, its .json member says 9 x 9"):
         list(make_loader(voc, view=SSD))
 

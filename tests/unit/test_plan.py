@@ -1,5 +1,6 @@
 """The plan: every sample once an epoch, the same batches on every world size, exact resume."""
 
+import hashlib
 import itertools
 import json
 import subprocess
@@ -11,7 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mbv3dist.data.plan import Plan, evaluation_range, plan_lines, plan_summary
+from mbv3dist.data import draws
+from mbv3dist.data.division import evaluation_range
+from mbv3dist.data.needs import next_use, rank_needs
+from mbv3dist.data.plan import Plan
 
 WORLD_SIZES = (1, 2, 3, 4, 6, 8, 12)
 LAYOUTS = {
@@ -106,6 +110,27 @@ def test_resume_at_every_step_equals_the_uninterrupted_run(tail):
         assert (backwards.step(start).index == whole[start]).all()
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 17, 400, 4000])
+def test_a_part_of_a_permutation_is_that_part(count):
+    for key in range(40):
+        options = {"seed": key, "purpose": 9, "epoch": 0}
+        whole = draws.permutation(count, **options)
+        assert sorted(whole.tolist()) == list(range(count))
+        start = count * key // 40
+        part = range(start, min(start + 1 + key % 5, count))
+        assert (
+            draws.permutation(count, **options, part=part).tolist()
+            == whole[part.start : part.stop].tolist()
+        )
+    # Words that are far from uniform, and ties, fall back on sorting all.
+    words = np.array([7, 7, 3, 2**64 - 1, 3] * 20, dtype=np.uint64)
+    expected = np.argsort(words, kind="stable")
+    assert draws.stable_order(words).tolist() == expected.tolist()
+    for start in range(0, 100, 3):
+        part = draws._part_of_order(words, start, start + 3)
+        assert part.tolist() == expected[start : start + 3].tolist()
+
+
 def test_drop_leaves_another_remainder_out_each_epoch():
     for sizes in ([50], [7, 13, 11, 19]):
         plan = Plan(sizes, global_batch_size=12, epochs=5, tail="drop")
@@ -161,14 +186,64 @@ def test_epoch_arithmetic():
 
 
 def test_the_order_is_frozen():
-    """These numbers may never change within plan version 1: saved runs depend on them."""
+    """These orders may never change within plan version 2: saved runs depend on them."""
     plan = Plan([4, 3, 5], global_batch_size=6, epochs=2, seed=7)
-    assert plan.version == 1
+    assert plan.version == 2
     index, _ = whole_run(plan)
     assert index.tolist() == FROZEN
+    # With shards that no lane shares, an empty one, and a last one that is cut.
+    plan = Plan([7] * 50 + [0, 3], global_batch_size=12, epochs=3, seed=7, lanes=3)
+    steps = [plan.step(step).index.tolist() for step in range(plan.num_steps)]
+    assert hashlib.sha256(json.dumps(steps).encode()).hexdigest() == FROZEN_DIGEST
 
 
 FROZEN = [[4, 6, 9, 7, 0, 3], [5, 11, 8, 10, 1, 2], [10, 9, 1, 0, 4, 6], [11, 8, 7, 3, 2, 5]]
+FROZEN_DIGEST = "bf8b70fa33d0488c7ee562aba511f5a1d4ddeeb99cb7aaf5a633e18013b7fc64"
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "batch_size", "world_size"), [(103, 8, 4), (5, 8, 3), (64, 16, 5), (7, 1, 2)]
+)
+def test_evaluation_batches_are_the_same_on_any_world_size(num_samples, batch_size, world_size):
+    batches = []
+    for rank in range(world_size):
+        mine = evaluation_range(
+            num_samples, rank=rank, world_size=world_size, batch_size=batch_size
+        )
+        batches += [list(mine[at : at + batch_size]) for at in range(0, len(mine), batch_size)]
+    everything = list(range(num_samples))
+    assert batches == [everything[at : at + batch_size] for at in range(0, num_samples, batch_size)]
+
+
+@pytest.mark.parametrize("tail", ["carry", "drop"])
+def test_needs_name_the_shards_of_every_step_and_the_next_use(tail):
+    sizes = [7, 3, 0, 11, 5, 9, 2, 6, 8, 4]
+    options = {"global_batch_size": 12, "epochs": 3, "lanes": 4, "block_shards": 2, "tail": tail}
+    plan = Plan(sizes, **options)
+    starts = np.concatenate(([0], np.cumsum(sizes)))
+    for world_size in (1, 2, 3, 4):
+        used = {}
+        for rank in range(world_size):
+            needs = list(rank_needs(plan, rank=rank, world_size=world_size))
+            assert [n.first_step for n in needs] == sorted(n.first_step for n in needs)
+            for step in range(plan.num_steps):
+                read = plan.step(step, rank=rank, world_size=world_size).index
+                shards = set((np.searchsorted(starts, read, side="right") - 1).tolist())
+                live = {n.shard for n in needs if n.first_step <= step <= n.last_step}
+                assert shards <= live, "whatever is read is needed"
+                used.setdefault(step, set()).update(live)
+            late = rank_needs(plan, 7, rank=rank, world_size=world_size)
+            ends = {(n.shard, n.last_step) for n in needs if n.last_step >= 7}
+            assert {(n.shard, n.last_step) for n in late} == ends
+        everyone = range(world_size)
+        for step in range(plan.num_steps):
+            for shard in range(len(sizes)):
+                found = next_use(plan, shard, step, ranks=everyone, world_size=world_size)
+                later = [s for s, shards in used.items() if s >= step and shard in shards]
+                if found is None:
+                    assert not any(s < step + plan.steps_per_epoch for s in later)
+                elif later:
+                    assert found <= later[0] <= found + plan.steps_per_epoch
 
 
 @pytest.mark.parametrize(
@@ -236,25 +311,6 @@ def test_evaluation_ranges_cover_each_sample_once(num_samples, world_size):
     ]
     assert list(itertools.chain(*parts)) == list(range(num_samples))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
-
-
-def test_lines_and_summary():
-    plan = Plan([5, 5], global_batch_size=4, epochs=1)
-    lines = [line.split("\t") for line in plan_lines(plan, world_size=2)]
-    assert [line[:2] for line in lines] == [[str(s), str(r)] for s in range(3) for r in range(2)]
-    keys = sorted(itertools.chain(*(line[2:] for line in lines)))
-    assert keys == [f"{n:09d}" for n in range(10)]
-    assert list(plan_lines(plan, steps=range(1, 2))) == ["\t".join(["1", "0", *_keys(plan, 1)])]
-    summary = json.loads(json.dumps(plan_summary(plan, world_size=2)))
-    assert summary["samples"] == 10
-    assert summary["steps_per_epoch"] == 2.5
-    assert (summary["steps"], summary["overrun"]) == (3, 2)
-    drop = Plan([5, 5], global_batch_size=4, epochs=3, tail="drop")
-    assert plan_summary(drop)["left_out_per_epoch"] == 2
-
-
-def _keys(plan, step):
-    return [f"{n:09d}" for n in plan.step(step).index]
 
 
 def test_the_plan_needs_no_torch():

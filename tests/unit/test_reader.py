@@ -1,6 +1,8 @@
 """Reading samples: bytes, threads, bounded shards, damage."""
 
 import json
+import os
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,8 +11,10 @@ import pytest
 from PIL import Image
 
 from mbv3dist.convert.imagefolder import convert_imagefolder
-from mbv3dist.data.index import DamagedShardError, open_split
-from mbv3dist.data.reader import Reader, parse_target
+from mbv3dist.data.idx import DamagedShardError
+from mbv3dist.data.index import open_split
+from mbv3dist.data.reader import Reader
+from mbv3dist.data.target import parse_target
 
 NUM_SAMPLES = 40
 
@@ -61,7 +65,7 @@ def test_targets(original):
             with pytest.raises(ValueError, match="does not exist") as caught:
                 reader.read(wrong)
             assert not isinstance(caught.value, DamagedShardError)
-    with pytest.raises(ValueError, match="'open' or 'always'"):
+    with pytest.raises(ValueError, match="'open', 'first' or 'always'"):
         Reader(split, verify="never")
 
 
@@ -131,11 +135,16 @@ def test_index_that_disagrees_with_the_tar(data):
     words = [line.split(" ") for line in lines[1:3]]
     words[0][1:3], words[1][1:3] = words[1][1:3], words[0][1:3]
     path.write_text("\n".join([lines[0], *(" ".join(row) for row in words), *lines[3:]]))
-    source = split.source(0).replace(".", r"\.")
-    with pytest.raises(DamagedShardError, match=rf"000000.tar: sample 000000000 \({source}\): ind"):
+    with pytest.raises(
+        DamagedShardError, match=r"its .idx and the tar disagree from sample 0000000"
+    ):
         Reader(split).read(0)
     path.write_text("\n".join(lines).replace("jpg 512 ", "jpg 512 9"))
-    with pytest.raises(DamagedShardError, match=r"points outside|bytes in the tar"):
+    with pytest.raises(DamagedShardError, match=r"its .idx and the tar disagree"):
+        Reader(split).read(0)
+    path.write_text(re.sub(r" cls (\d+) 1 ", r" cls \1 2 ", "\n".join(lines), count=1))
+    source = split.source(0).replace(".", r"\.")
+    with pytest.raises(DamagedShardError, match=rf"000000.tar: sample 000000000 \({source}\): ind"):
         Reader(split).read(0)
 
 
@@ -145,11 +154,62 @@ def test_checksums_find_a_flipped_bit(data):
         size = len(reader.read(0)[0])
     flip(split.shards[0].path, 512 + size // 2, 1)
     Reader(split, verify="open").read(0)
-    with pytest.raises(DamagedShardError, match=r"checksum of its .jpg member is wrong"):
-        Reader(split, verify="always").read(0)
+    Reader(split, verify="first").read(0, first=False)
+    for verify, first in (("always", False), ("first", True)):
+        with pytest.raises(
+            DamagedShardError, match=r"checksum of its .jpg member at byte 512 is wrong"
+        ):
+            Reader(split, verify=verify).read(0, first=first)
     split.shards[0].path.with_suffix(".crc").write_bytes(b"")
     with pytest.raises(DamagedShardError, match=r"000000.crc has 0 bytes"):
-        Reader(split, verify="always").read(0)
+        Reader(split).read(0)
+
+
+def test_a_file_that_changes_while_it_is_read(data):
+    """Even where checksums are off: a file that somebody wrote to is checked from then on."""
+    split = open_split(data, "train")
+    tar = split.shards[0].path
+    with Reader(split, verify="open") as reader:
+        size = len(reader.read(0)[0])
+        os.utime(tar)
+        assert len(reader.read(0)[0]) == size
+        with open(tar, "r+b") as file:
+            file.seek(512 + size // 2)
+            byte = file.read(1)
+            file.seek(512 + size // 2)
+            file.write(bytes([byte[0] ^ 1]))
+        with pytest.raises(DamagedShardError, match=r"checksum of its .jpg member"):
+            reader.read(0)
+        with open(tar, "r+b") as file:
+            file.truncate(700)
+        message = "the tar ends at byte 700; it was cut short while it was read"
+        with pytest.raises(DamagedShardError, match=message):
+            reader.read(0)
+
+
+def test_a_file_that_is_replaced_while_it_is_read(data):
+    split = open_split(data, "train")
+    tar = split.shards[0].path
+    with Reader(split) as reader:
+        before = bytes(reader.read(0)[0])
+        (data / "new").write_bytes(b"something else")
+        os.replace(data / "new", tar)
+        assert reader.read(0)[0] == before, "the file that was opened is still there"
+
+
+def test_no_file_stays_open(data):
+    def open_files():
+        links = (f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd"))
+        names = [os.path.realpath(link) for link in links]
+        return sorted(name for name in names if name.startswith(str(data)))
+
+    before = open_files()
+    split = open_split(data, "train")
+    with Reader(split, max_open_shards=2) as reader:
+        for index in range(NUM_SAMPLES):
+            reader.read(index)
+        assert 1 <= len(open_files()) <= 2
+    assert open_files() == before
 
 
 def test_damaged_header_and_target(data):
@@ -165,7 +225,9 @@ def test_damaged_header_and_target(data):
     index = int(split.starts[1])
     flip(split.shards[1].path, offset, ord("0") ^ ord("7"))
     with pytest.raises(DamagedShardError, match=r"class number [67] for 2 classes"):
-        Reader(split).target(index)
+        Reader(split, verify="open").target(index)
     flip(split.shards[1].path, offset, 0x80)
     with pytest.raises(DamagedShardError, match="not a class number"):
+        Reader(split, verify="open").target(index)
+    with pytest.raises(DamagedShardError, match=r"checksum of its .cls member"):
         Reader(split).target(index)

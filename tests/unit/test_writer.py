@@ -1,7 +1,6 @@
 """Shards on disk: format, determinism, order, kills and full disks."""
 
 import errno
-import filecmp
 import json
 import os
 import shutil
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mbv3dist.convert import publish, run, writer
+from mbv3dist.convert import parts, publish, run, work, writer
 from mbv3dist.convert.imagefolder import convert_imagefolder
 from mbv3dist.convert.records import ConversionError
 from mbv3dist.convert.verify import verify_dataset
@@ -170,22 +169,38 @@ def test_a_lost_report_is_not_called_other_input(source, whole, tmp_path):
             convert(source, tmp_path / "out")
 
 
-def test_goes_on_with_a_half_published_split(source, whole, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        """Like SIGKILL."""
+class Killed(BaseException):
+    """Like SIGKILL: nothing in the way of it cleans up."""
 
+
+@pytest.mark.parametrize("step", ["write_file", "write_report", "write_manifest", "sync_folder"])
+def test_goes_on_with_a_half_published_split(source, whole, tmp_path, monkeypatch, step):
     def kill(*args):
         raise Killed
 
     shutil.copytree(whole, tmp_path / "out")
     with monkeypatch.context() as patch:
-        patch.setattr(publish, "write_report", kill)
+        patch.setattr(publish, step, kill)
         with pytest.raises(Killed):
             convert(source, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out/train.json").exists()
-    (tmp_path / "out/train/000000.crc").unlink()  # a half removed folder
+    assert (tmp_path / "out/train.json").exists() == (step == "write_manifest")
+    prepared = []
+    monkeypatch.setattr(work, "prepare_chunk", lambda *args: prepared.append(args))
     convert(source, tmp_path / "out")
-    assert tree(tmp_path / "out") == tree(whole)
+    assert tree(tmp_path / "out") == tree(whole) and not prepared
+
+
+def test_a_lost_shard_of_a_half_published_split_is_named(source, tmp_path, monkeypatch):
+    def kill(*args):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(publish, "write_report", kill)
+        with pytest.raises(Killed):
+            convert(source, tmp_path / "out")
+    (tmp_path / "out/train/000000.crc").unlink()
+    with pytest.raises(ValueError, match=r"shard 0 of split 'train' is lost: neither .*convert"):
+        convert(source, tmp_path / "out")
 
 
 def test_work_in_progress_is_removed_under_its_lock(tmp_path, monkeypatch):
@@ -195,12 +210,8 @@ def test_work_in_progress_is_removed_under_its_lock(tmp_path, monkeypatch):
     removed = []
 
     def remove(path, **options):
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            with pytest.raises(BlockingIOError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        finally:
-            os.close(handle)
+        with open(tmp_path / "out/.train.lock") as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         removed.append(path.name)
 
     monkeypatch.setattr(run.shutil, "rmtree", remove)
@@ -208,6 +219,7 @@ def test_work_in_progress_is_removed_under_its_lock(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="problem"):
             convert(tmp_path / "src", tmp_path / "out", val_fraction=0.0, **options)
     assert removed == [".train.part"] * 2
+    assert not (tmp_path / "out/.train.lock").exists()
 
 
 def test_overwrite(source, whole, tmp_path):
@@ -216,12 +228,9 @@ def test_overwrite(source, whole, tmp_path):
     assert tree(tmp_path) == tree(whole)
 
 
-@pytest.mark.parametrize("step", ["prepare", "pack", "publish"])
+@pytest.mark.parametrize("step", ["prepare_chunk", "pack_shard", "publish"])
 def test_goes_on_after_a_kill(source, whole, tmp_path, monkeypatch, step):
     calls = 0
-
-    class Killed(BaseException):
-        """Like SIGKILL: nothing in the way of it cleans up."""
 
     def stop_second(function):
         def replacement(*args, **kwargs):
@@ -233,23 +242,20 @@ def test_goes_on_after_a_kill(source, whole, tmp_path, monkeypatch, step):
 
         return replacement
 
-    name = {"prepare": "prepare_chunk", "pack": "pack_shard", "publish": "publish"}[step]
+    module = parts if step == "publish" else work
     with monkeypatch.context() as patch:
-        patch.setattr(run, name, stop_second(getattr(run, name)))
+        patch.setattr(module, step, stop_second(getattr(module, step)))
         with pytest.raises(Killed):
             convert(source, tmp_path)
     visible = [path for path in tree(tmp_path) if not path.startswith(".")]
     assert step == "publish" or not visible
     whole_chunks = len(list(tmp_path.glob(".*.part/prepared/*.json")))
-    calls = 0
-    monkeypatch.setattr(run, "prepare_chunk", stop_second(run.prepare_chunk))
     calls = 2  # only count from here on
+    monkeypatch.setattr(work, "prepare_chunk", stop_second(work.prepare_chunk))
     convert(source, tmp_path)
     assert tree(tmp_path) == tree(whole)
-    # 120 pictures in train are two chunks, 30 in val are one; those done before are kept. What
-    # was published before the kill is made again.
-    assert calls - 2 == {"prepare": 2, "pack": 0, "publish": 2}[step]
-    assert whole_chunks == {"prepare": 1, "pack": 3, "publish": 1}[step]
+    # 120 pictures in train are two chunks, 30 in val are one; those done before are kept.
+    assert calls - 2 == 3 - whole_chunks == {"prepare_chunk": 2}.get(step, 0)
 
 
 def test_goes_on_after_sigkill(source, whole, tmp_path):
@@ -270,7 +276,7 @@ def test_goes_on_after_sigkill(source, whole, tmp_path):
 
 def test_changed_input_clears_work_in_progress(source, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_pack", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(run, "pack", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             convert(source, tmp_path / "out")
     report = convert(source, tmp_path / "out", resize=6)
@@ -317,13 +323,61 @@ def test_no_torch_and_no_pillow_on_import():
 
 def test_two_conversions_at_once_are_refused(source, tmp_path):
     fcntl = pytest.importorskip("fcntl")
-    (tmp_path / ".train.part").mkdir()
-    handle = os.open(tmp_path / ".train.part", os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
-        with pytest.raises(ValueError, match="another conversion is writing"):
+    with open(tmp_path / ".train.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match=r"another conversion is writing to .* wait until it"):
             convert(source, tmp_path)
-    finally:
-        os.close(handle)
+        assert [path.name for path in tmp_path.iterdir()] == [".train.lock"]
     convert(source, tmp_path)
-    assert not filecmp.dircmp(tmp_path, tmp_path).diff_files
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_file_system_without_locks_is_named(source, tmp_path, monkeypatch):
+    fcntl = pytest.importorskip("fcntl")
+
+    def fail(*args):
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(OSError, match=r"cannot lock files .* convert to another folder"):
+        convert(source, tmp_path)
+
+
+def test_what_a_kill_left_behind_the_last_step_is_removed(source, whole, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / "out")
+    shutil.copytree(whole / "train", tmp_path / "out/.train.part.old")
+    (tmp_path / "out/.val.part/prepared").mkdir(parents=True)
+    assert convert(source, tmp_path / "out").reused
+    assert tree(tmp_path / "out") == tree(whole)
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_picture_that_changes_meanwhile_is_named(source, tmp_path, monkeypatch):
+    changed = tmp_path / "src"
+    shutil.copytree(source, changed)
+    real_pack = run.pack
+
+    def change(item, tick):
+        path = changed / "a/003.jpg"
+        path.write_bytes(path.read_bytes()[::-1])
+        real_pack(item, tick)
+
+    monkeypatch.setattr(run, "pack", change)
+    with pytest.raises(ValueError, match=r"a/003.jpg changed while it was converted"):
+        convert(changed, tmp_path / "out")
+
+
+def test_labels_are_the_classes_in_pack_order(whole):
+    for name in ("train", "val"):
+        split = open_split(whole, name)
+        expected = [split.sample(index)["cls"] for index in range(len(split))]
+        assert split.labels().tolist() == expected
+
+
+def test_a_split_without_its_labels_is_made_again(source, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "out")
+    for damage in (b"", None):
+        path = tmp_path / "out/train.labels.npy"
+        path.unlink() if damage is None else path.write_bytes(damage)
+        assert not convert(source, tmp_path / "out").reused
+        assert tree(tmp_path / "out") == tree(whole)
