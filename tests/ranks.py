@@ -110,34 +110,51 @@ class Ended:
     stderr: str
 
 
-def run_command(words: Sequence[object], world_size: int, out: Path) -> list[Ended]:
-    """Runs `mbv3dist WORDS` on ranks that know each other by what a launcher sets; no launcher."""
+def run_commands(
+    commands: Sequence[Sequence[object]], world_size: int, out: Path
+) -> list[list[Ended]]:
+    """Runs `mbv3dist WORDS` for each of the commands, one after the other, without a launcher.
+
+    Ranks find each other by what launchers set; a single one stands alone. Returns how each rank
+    of each command ended.
+    """
     out.mkdir()
-    run_ranks(_launch, 1, words=[str(word) for word in words], processes=world_size, out=out)
-    codes = json.loads((out / "codes").read_text())
-    texts = [[(out / f"{rank}.{n}").read_text() for n in (1, 2)] for rank in range(world_size)]
-    return [Ended(code, *text) for code, text in zip(codes, texts, strict=True)]
+    words = [[str(word) for word in command] for command in commands]
+    run_ranks(_launch, 1, commands=words, num_ranks=world_size, out=out)
+    return [
+        [
+            Ended(code, *((out / f"{number}.{rank}.{file}").read_text() for file in (1, 2)))
+            for rank, code in enumerate(codes)
+        ]
+        for number, codes in enumerate(json.loads((out / "codes").read_text()))
+    ]
 
 
-def _launch(*, rank: int, world_size: int, words: list[str], processes: int, out: Path) -> None:
+def _launch(
+    *, rank: int, world_size: int, commands: list[list[str]], num_ranks: int, out: Path
+) -> None:
     import mbv3dist.training.run  # noqa: F401
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-    os.environ |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    codes = fork_ranks(_command, processes, words=words, out=out)
+    codes = []
+    for number, words in enumerate(commands):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        options = {"port": port, "words": words, "out": out / str(number)}
+        codes.append(fork_ranks(_command, num_ranks, **options))
     (out / "codes").write_text(json.dumps(codes))
 
 
-def _command(*, rank: int, world_size: int, words: list[str], out: Path) -> None:
+def _command(*, rank: int, world_size: int, port: int, words: list[str], out: Path) -> None:
     from mbv3dist.cli import main
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    if world_size > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size)}
     for number in (1, 2):
-        file = os.open(out / f"{rank}.{number}", os.O_WRONLY | os.O_CREAT)
-        os.dup2(file, number)
+        os.dup2(os.open(f"{out}.{rank}.{number}", os.O_WRONLY | os.O_CREAT), number)
     main(words)
 
 

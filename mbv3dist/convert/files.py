@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-MAX_PICTURE_BYTES = 512 * 1024 * 1024
+from mbv3dist.data.files import MAX_PICTURE_BYTES, UnusableFileError, read_bounded
+
+__all__ = ["MAX_PICTURE_BYTES", "UnusableFileError", "read_bounded"]
+
 MAX_XML_BYTES = 8 * 1024 * 1024
 MAX_LIST_BYTES = 256 * 1024 * 1024
 MAX_CLASSES_BYTES = 16 * 1024 * 1024
@@ -23,34 +25,6 @@ _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _UNSHOWABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
 )
-
-
-class UnusableFileError(ValueError):
-    """A file that is not read at all; the message is the reason."""
-
-
-def read_bounded(path: str | os.PathLike[str], limit: int) -> bytes:
-    """Return a regular file's bytes.
-
-    Raises:
-        UnusableFileError: if it is a pipe, a device or the like, or larger than ``limit`` bytes.
-        OSError: if it cannot be read.
-    """
-    # Without O_NONBLOCK, opening a pipe that nobody writes to would wait for ever.
-    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    with open(path, "rb", opener=lambda name, _: os.open(name, flags)) as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise UnusableFileError("it is a pipe, a device or the like, not a file")
-        data = b""
-        if status.st_size <= limit:
-            # A file that claims no size, as those in /proc, or grows is caught by reading more.
-            data = file.read(status.st_size + 1)
-            if len(data) > status.st_size:
-                data += file.read(limit + 1 - len(data))
-        if max(status.st_size, len(data)) > limit:
-            raise UnusableFileError(f"it has more than {limit >> 20} MiB")
-    return data
 
 
 def walk_files(

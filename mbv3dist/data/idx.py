@@ -11,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from mbv3dist.data.files import UnusableFileError, read_bounded
+
+MAX_IDX_BYTES = 256 << 20  # some three million samples; shards have thousands
 TARGET_EXTENSIONS = {"detection": "json", "classification": "cls"}
 KEY_DIGITS = 9
 INDEX_VERSION = "v1.2"
@@ -61,7 +64,9 @@ def read_idx(path: str | Path) -> ShardIndex:
     """
     path = Path(path)
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, MAX_IDX_BYTES)
+    except UnusableFileError as error:
+        raise _bad(path, str(error)) from error
     except FileNotFoundError as error:
         raise DamagedShardError(
             f"{path} is missing; copy the data set again or convert again with --overwrite"

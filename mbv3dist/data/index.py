@@ -11,10 +11,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import mmap
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -22,6 +21,7 @@ from typing import Any, overload
 import numpy as np
 
 from mbv3dist.data import remote
+from mbv3dist.data.files import UnusableFileError, read_bounded
 from mbv3dist.data.idx import TARGET_EXTENSIONS, format_key
 from mbv3dist.data.manifest import (
     Table,
@@ -30,6 +30,8 @@ from mbv3dist.data.manifest import (
     regular_url,
     table_from_rows,
 )
+from mbv3dist.data.sources import Sources
+from mbv3dist.messages import shown
 
 TASKS = tuple(TARGET_EXTENSIONS)
 _REPORT_SUFFIXES = (".report.json", ".failed.json")
@@ -115,7 +117,6 @@ class Split:
     shards: ShardTable
     num_boxes: int
     remote: str | None = None
-    _last_line: list[int] = field(default_factory=lambda: [0], repr=False)
 
     def __len__(self) -> int:
         return int(self._start_view[-1])
@@ -179,21 +180,13 @@ class Split:
             ValueError: if ``SPLIT.sources.tsv`` is missing or has other samples.
         """
         key = self.key(index)
-        lines = self._sources
-        # Asked one after the other, the line wanted is the one behind the last.
-        start = self._last_line[0]
-        if lines[start : start + len(key) + 1] != f"{key}\t".encode():
-            start = _find_line(lines, int(key))
-        end = lines.find(b"\n", start)
-        found, _, source = lines[start : max(end, start)].partition(b"\t")
-        if found != key.encode():
-            shown = found[:40].decode("utf-8", "backslashreplace")
+        found, source = self._sources.find(key)
+        if found != key:
             raise ValueError(
-                f"{self.name}.sources.tsv: has no line for {key} (found {shown!r} in its place); "
-                + _COPY_AGAIN
+                f"{self.name}.sources.tsv: has no line for {key} (found {shown(found)} in its "
+                f"place); {_COPY_AGAIN}"
             )
-        self._last_line[0] = end + 1
-        return source.decode("utf-8", "backslashreplace")
+        return source
 
     def labels(self) -> np.ndarray:
         """Return int32 [N]: each sample's class; for detection its rarest, -1 without boxes.
@@ -205,7 +198,10 @@ class Split:
         # Conversion writes one exact header, so it is compared: NumPy's parser of it raises a dozen
         # kinds of errors on damaged bytes.
         head = labels_header(len(self))
-        data = path.read_bytes()
+        try:
+            data = read_bounded(path, len(head) + 4 * len(self))
+        except UnusableFileError:
+            data = b""
         if not data.startswith(head) or len(data) != len(head) + 4 * len(self):
             raise ValueError(
                 f"{path} does not list the labels of {len(self)} samples; {_COPY_AGAIN}"
@@ -230,13 +226,8 @@ class Split:
         return memoryview(self.starts.data)
 
     @cached_property
-    def _sources(self) -> mmap.mmap | bytes:
-        """The sources file, mapped: at a billion samples it has tens of gigabytes."""
-        path = self._file(f"{self.name}.sources.tsv")
-        with open(path, "rb") as file:
-            if file.seek(0, 2) == 0:
-                return b""
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    def _sources(self) -> Sources:
+        return Sources(self._file(f"{self.name}.sources.tsv"))
 
     def _file(self, name: str) -> Path:
         """Return a file of the split, fetched first if the data set is remote."""
@@ -254,20 +245,6 @@ def labels_header(num_samples: int) -> bytes:
     description = {"descr": "<i4", "fortran_order": False, "shape": (num_samples,)}
     np.lib.format.write_array_header_1_0(header, description)
     return header.getvalue()
-
-
-def _find_line(lines: mmap.mmap | bytes, key: int) -> int:
-    """Return the start of the line with a key, or of the first one with a larger key."""
-    low, high = 0, len(lines)
-    while low < high:
-        start = lines.rfind(b"\n", low, (low + high) // 2) + 1 or low
-        number = lines[start : start + 20].partition(b"\t")[0]
-        if number.isdigit() and int(number) >= key:
-            high = start
-        else:
-            end = lines.find(b"\n", start, high)
-            low = high if end < 0 else end + 1
-    return low
 
 
 def list_splits(data: str | Path) -> list[str]:

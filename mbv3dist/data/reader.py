@@ -19,6 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
+from mbv3dist.data.files import UnusableFileError, open_regular, read_bounded
 from mbv3dist.data.idx import (
     TARGET_EXTENSIONS,
     DamagedShardError,
@@ -98,7 +99,7 @@ class LocalShard:
     """An open tar."""
 
     def __init__(self, path: Path):
-        self._file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        self._file = open_regular(path)
         status = os.fstat(self._file)
         self.num_bytes = status.st_size
         self._opened_as = status.st_size, status.st_mtime_ns
@@ -286,6 +287,8 @@ class Reader:
             source = self._store.open(number)
         except FileNotFoundError as error:
             raise self._shard_damage(number, "the shard is missing") from error
+        except UnusableFileError as error:
+            raise self._shard_damage(number, str(error)) from error
         try:
             if source.num_bytes != expected:
                 reason = f"it has {source.num_bytes} bytes, {self.split.name}.json says {expected}"
@@ -374,9 +377,11 @@ def _index_problem(split: Split, number: int, index: ShardIndex) -> str:
 
 def _read_checksums(path: Path, num_samples: int) -> np.ndarray:
     try:
-        data = path.read_bytes()
+        data = read_bounded(path, 8 * num_samples + 8)
     except FileNotFoundError as error:
         raise DamagedShardError(f"{path} is missing; copy the data set again") from error
+    except UnusableFileError as error:
+        raise DamagedShardError(f"{path}: {error}; copy the data set again") from error
     if len(data) != 8 * num_samples:
         raise DamagedShardError(
             f"{path} has {len(data)} bytes instead of {8 * num_samples}; copy the data set again"

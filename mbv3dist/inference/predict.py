@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from mbv3dist.config import ViewConfig
 from mbv3dist.data.decode import Picture
 from mbv3dist.data.draws import Draws
+from mbv3dist.data.files import MAX_PICTURE_BYTES, read_bounded
 from mbv3dist.data.views import make_view
 from mbv3dist.inference.sources import drawing_names, find_pictures
 from mbv3dist.models.directory import LoadedModel, ModelSpec, load_model
@@ -223,7 +224,7 @@ class _Runner:
 
     def prepare_file(self, path: Path, *, keep: bool) -> _Prepared:
         try:
-            return self.prepare(path.read_bytes(), keep=keep)
+            return self.prepare(read_bounded(path, MAX_PICTURE_BYTES), keep=keep)
         except ValueError as error:
             raise ValueError(f"{path}: {error}; repair or remove this picture") from error
 

@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from conftest import CLASSIFICATION_RECIPE, kill_when, run_mbv3dist
-from ranks import run_command
+from conftest import CLASSIFICATION_RECIPE, kill_when
+from ranks import run_commands
 
 from mbv3dist.data.index import Split, open_split
 from mbv3dist.data.plan import Plan
@@ -72,11 +72,6 @@ def listed(split: Split, run: Path) -> set[str]:
     return {line.split("\t")[0] for line in lines}
 
 
-def error_lines(stderr: str) -> list[str]:
-    """The command's own lines, without the launcher's."""
-    return [line for line in stderr.splitlines() if line.startswith("mbv3dist")]
-
-
 def test_within_the_budget_a_run_goes_on_and_counts_over_a_resume(split, recipe, tmp_path):
     run = tmp_path / "runs" / "run"
     places = readers(split, epochs=3)
@@ -99,15 +94,15 @@ def test_within_the_budget_a_run_goes_on_and_counts_over_a_resume(split, recipe,
         path.write_bytes(content)
     damage(split, third)
     met = next(at for at, _ in places[third] if at >= step)
-    stopped = run_mbv3dist(*words, "2")
-    assert stopped.returncode == 2, stopped.stdout
-    (line,) = error_lines(stopped.stderr)
+    ((stopped,),) = run_commands([[*words, "2"]], 1, tmp_path / "output 2")
+    assert stopped.code == 2, stopped.stdout
+    (line,) = stopped.stderr.splitlines()
     assert "3 samples are damaged and --data.error_budget allows 2; the last one: " in line
     assert f"sample {split.key(third)} ({split.source(third)})" in line
     assert step <= saved_steps(run)[-1] <= met
     assert not (run / "last").exists() and not (run / "best").exists()
 
-    ranks = run_command([*words, "3"], 3, tmp_path / "output")
+    (ranks,) = run_commands([[*words, "3"]], 3, tmp_path / "output 3")
     assert [rank.code for rank in ranks] == [0, 0, 0], ranks
     assert ranks[0].stdout.count("goes with weight 0") == 1  # the others had been said before
     assert saved_damage(run, LAST_STEP) == {first, second, third}
@@ -125,7 +120,7 @@ def test_above_the_budget_together_nothing_is_saved(split, recipe, tmp_path, eve
     words = ["train", recipe, "--out", tmp_path / "runs", "--name", "run", "--epochs", "1"]
     words += ["--eval.every_epochs", "1", "--data.error_budget", "1"]
     words += ["--checkpoint.every_steps", every_steps, "--tracking.log_every_steps", "99"]
-    ranks = run_command(words, RANKS, tmp_path / "output")
+    (ranks,) = run_commands([words], RANKS, tmp_path / "output")
     assert [rank.code for rank in ranks] == [2, 2]
     run = tmp_path / "runs" / "run"
     assert saved_steps(run) == []
@@ -145,28 +140,29 @@ def test_another_order_is_refused_on_resume_unless_accepted(recipe, tmp_path):
     kept = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
     other = [*words, "--seed", "7", "--data.lanes", "2"]
-    for accepted, named in (([], "seed"), (["seed"], "lanes"), (["seed", "tail"], "tail")):
-        flags = ["--data.accept_changes", *accepted] if accepted else []
-        done = run_mbv3dist(*other, *flags)
-        assert done.returncode == 2
-        (line,) = error_lines(done.stderr)
-        if named == "tail":
-            assert "accept_changes tail: cannot be accepted; what can: decoder, " in line
-        else:
-            assert f"step-{step:08d}: cannot be continued: the data state does not fit: " in line
-            assert f"--data.accept_changes {named} (samples of the epoch under way may" in line
-            values = {"seed": "was 0 and is now 7", "lanes": "was 6 and is now 2"}
-            assert f"{named} {values[named]}" in line
-        assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == kept
+    accept = [*other, "--data.accept_changes"]
+    refused = [other, [*accept, "seed"], [*accept, "seed", "tail"]]
+    ends = run_commands(refused, 1, tmp_path / "refused")
+    assert [end.code for (end,) in ends] == [2, 2, 2]
+    seed, lanes, tail = [end.stderr.removesuffix("\n") for (end,) in ends]
+    for line, name, change in (
+        (seed, "seed", "seed was 0 and is now 7"),
+        (lanes, "lanes", "lanes was 6 and is now 2"),
+    ):
+        assert f"step-{step:08d}: cannot be continued: the data state does not fit: " in line
+        assert change in line
+        assert f"--data.accept_changes {name} (samples of the epoch under way may then be" in line
+    assert "--data.accept_changes tail: cannot be accepted; what can: decoder, " in tail
+    assert all("\n" not in line for line in (seed, lanes, tail))
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == kept
 
-    done = run_mbv3dist(*other, "--data.accept_changes", "seed", "lanes")
-    assert done.returncode == 0, done.stderr
+    # Accepted once, this is the run's order from now on: nothing has to be accepted again.
+    ends = run_commands([[*accept, "seed", "lanes"], other], 1, tmp_path / "accepted")
+    (done,), (again,) = ends
+    assert (done.code, again.code) == (0, 0), ends
     for change in ("seed was 0 and is now 7", "lanes was 6 and is now 2"):
         assert f"warning: accepted: {change}: samples of the epoch under way may" in done.stdout
     assert f"from step {step} of {LAST_STEP}" in done.stdout
     state = json.loads((run / "checkpoints/step-00000011/state.json").read_text())["data"]
     assert (state["seed"], state["lanes"], state["step"]) == (7, 2, LAST_STEP)
-    # From now on this is the run's order: nothing has to be accepted again.
-    again = run_mbv3dist(*other)
-    assert again.returncode == 0, again.stderr
     assert "the run is complete" in again.stdout and "accepted" not in again.stdout

@@ -1,43 +1,27 @@
-"""Conversion in parts: the same samples in the same order, whatever is started when and killed."""
+"""Conversion in parts: the same samples in the same order, whatever is started when."""
 
 import itertools
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from parts import NUM_PICTURES, content, convert, convert_all, tree, whole_after, write_source
 from PIL import Image
 
-from mbv3dist.convert import conversion, parts, publish, run, work
-from mbv3dist.convert.imagefolder import convert_imagefolder
+from mbv3dist.convert import conversion, work
 from mbv3dist.convert.order import PackOrder
 from mbv3dist.convert.records import Box, ConversionError, Job, Record, Settings, parse_part
 from mbv3dist.convert.samples import sample_labels, take_ragged
-from mbv3dist.convert.verify import verify_dataset
 from mbv3dist.convert.voc import convert_voc
 from mbv3dist.data.index import list_splits, open_split
-
-NUM_PICTURES = 83  # prime
-
-
-class Killed(BaseException):
-    """Like SIGKILL: nothing in the way of it cleans up."""
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
-    root = tmp_path_factory.mktemp("pictures") / "src"
-    rng = np.random.default_rng(0)
-    for number in range(NUM_PICTURES):
-        folder = root / "abc"[number % 3]
-        folder.mkdir(parents=True, exist_ok=True)
-        suffix = "png" if number % 10 == 0 else "jpg"
-        noise = rng.integers(0, 256, (6, 8, 3), np.uint8)
-        Image.fromarray(noise).save(folder / f"{number:03d}.{suffix}")
-    return root
+    return write_source(tmp_path_factory.mktemp("pictures") / "src")
 
 
 @pytest.fixture(scope="module")
@@ -68,37 +52,6 @@ def voc(tmp_path_factory):
             )
         (root / f"{number}.xml").write_text(f"<annotation>{text}</annotation>")
     return root
-
-
-def convert(source, out, part=None, **options):
-    defaults = {"split": "train", "workers": 1, "shard_bytes": 20_000}
-    return convert_imagefolder(source, out, part=part, **{**defaults, **options})
-
-
-def convert_all(source, out, count, order=None, **options):
-    """Start all parts, one after the other; return the last report."""
-    reports = [convert(source, out, (n, count), **options) for n in order or range(1, count + 1)]
-    assert [len(report.waiting) for report in reports] == list(range(count))[::-1]
-    return reports[-1]
-
-
-def tree(folder):
-    """Every file, hidden ones too, with its bytes."""
-    files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
-
-
-def content(out, split="train"):
-    """The samples in pack order, and what else should not depend on parts."""
-    opened = open_split(out, split)
-    samples = [(opened.source(n), opened.sample(n)) for n in range(len(opened))]
-    report = json.loads((out / f"{split}.report.json").read_text())
-    return samples, opened.labels().tolist(), report
-
-
-def whole_after(out):
-    assert verify_dataset(out)["ok"]
-    assert not list(out.glob(".*")) and not list(out.glob("*.failed.json"))
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 7, 100])
@@ -312,115 +265,6 @@ def test_a_part_is_not_done_twice_at_once(source, tmp_path):
             convert(source, tmp_path)
     assert not convert(source, tmp_path, (2, 3)).waiting
     whole_after(tmp_path)
-
-
-MERGE_STEPS = [
-    (parts, "write_file", 1),  # plan.json is written with it too
-    (parts.os, "replace", 1),
-    (parts.os, "replace", 7),
-    (publish, "sync_folder", 1),
-    (publish, "write_file", 1),
-    (publish, "write_report", 1),
-    (publish, "sync_folder", 2),
-    (publish, "write_file", 3),
-    (publish, "write_manifest", 1),
-    (parts.shutil, "rmtree", 1),
-    (parts.shutil, "rmtree", 3),
-]
-
-
-MERGE_OPTIONS = {"val_fraction": 0.3, "shard_bytes": 9000}
-
-
-@pytest.fixture(scope="module")
-def unmerged(source, tmp_path_factory):
-    """Two of three parts done, and what all three become."""
-    root = tmp_path_factory.mktemp("unmerged")
-    for number in (1, 2):
-        convert(source, root / "out", (number, 3), **MERGE_OPTIONS)
-    convert_all(source, root / "reference", 3, **MERGE_OPTIONS)
-    return root
-
-
-@pytest.mark.parametrize("step", range(len(MERGE_STEPS)))
-@pytest.mark.parametrize("again", [1, 3])
-def test_a_merge_that_is_killed_is_cured_by_any_part(
-    source, unmerged, tmp_path, monkeypatch, step, again
-):
-    out = tmp_path / "out"
-    shutil.copytree(unmerged / "out", out)
-    owner, name, call = MERGE_STEPS[step]
-    real, merge, calls = getattr(owner, name), run._merge, 0
-
-    def stop(*args, **kwargs):
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise Killed
-        return real(*args, **kwargs)
-
-    def killed_merge(item):
-        with monkeypatch.context() as patch:
-            patch.setattr(owner, name, stop)
-            return merge(item)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(run, "_merge", killed_merge)
-        with pytest.raises(Killed):
-            convert(source, out, (3, 3), **MERGE_OPTIONS)
-    assert calls == call
-    with monkeypatch.context() as patch:
-        patch.setattr(work, "prepare_chunk", None)  # nothing is prepared or packed again
-        patch.setattr(work, "pack_shard", None)
-        assert not convert(source, out, (again, 3), **MERGE_OPTIONS).waiting
-    assert tree(out) == tree(unmerged / "reference")
-    assert not list(out.glob(".*"))
-
-
-@pytest.mark.parametrize("name", ["prepare_chunk", "pack_shard", "write_file"])
-def test_a_killed_part_goes_on(source, tmp_path, monkeypatch, name):
-    convert_all(source, tmp_path / "reference", 2, shard_bytes=5000)
-    convert(source, tmp_path / "out", (1, 2), shard_bytes=5000)
-    real, calls = getattr(work, name), 0
-
-    def stop(*args):
-        nonlocal calls
-        calls += 1
-        if calls == {"prepare_chunk": 1, "pack_shard": 3, "write_file": 4}[name]:
-            raise Killed
-        return real(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(work, name, stop)
-        with pytest.raises(Killed):
-            convert(source, tmp_path / "out", (2, 2), shard_bytes=5000)
-    shards = len(list((tmp_path / "out/.train.parts/00002/shards").glob("*.tar")))
-    assert shards == {"prepare_chunk": 0, "pack_shard": 2}.get(name, shards)
-    assert not (tmp_path / "out/train.json").exists()
-    packed = []
-    pack_shard = work.pack_shard
-    monkeypatch.setattr(work, "pack_shard", lambda *a: packed.append(a[-1]) or pack_shard(*a))
-    assert not convert(source, tmp_path / "out", (2, 2), shard_bytes=5000).waiting
-    assert tree(tmp_path / "out") == tree(tmp_path / "reference")
-    assert min(packed, default=shards) == shards  # what was whole is not packed again
-
-
-def test_a_full_disk_takes_only_its_own_part(source, tmp_path, monkeypatch):
-    import errno
-    import os
-
-    convert(source, tmp_path, (1, 2))
-    before = tree(tmp_path)
-
-    def full(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(work, "pack_shard", full)
-        with pytest.raises(OSError, match="No space left"):
-            convert(source, tmp_path, (2, 2))
-    assert tree(tmp_path) == before
-    assert not convert(source, tmp_path, (2, 2)).waiting
 
 
 def test_a_split_without_a_usable_sample_is_not_published(tmp_path):
