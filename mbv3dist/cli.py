@@ -78,7 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_convert(command("convert", _convert, "Turn labelled pictures into tar shards."))
 
     inspect = command("inspect", _inspect, "Show what is in a data set.")
-    inspect.add_argument("data", help="data set made by convert")
+    inspect.add_argument("data", help="data set made by convert, folder or URL")
+    inspect.add_argument("--split", action="append", help="only this split (URLs by http need it)")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
 
     verify = command("verify", _verify, "Check every byte of a data set.")
@@ -99,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     evaluate = command("eval", _eval, "Score a model on a split.")
     evaluate.add_argument("model", help="model directory, such as runs/NAME/best")
-    evaluate.add_argument("data", help="data set made by convert")
+    evaluate.add_argument("data", help="data set made by convert, folder or URL")
     evaluate.add_argument("--split", required=True)
     evaluate.add_argument("--batch-size", type=_positive, default=32)
     evaluate.add_argument("--num-threads", type=_positive, default=2)
@@ -231,7 +232,7 @@ def _convert(args: argparse.Namespace) -> None:
 def _inspect(args: argparse.Namespace) -> None:
     from mbv3dist.convert.inspect import inspect_dataset
 
-    facts = inspect_dataset(args.data)
+    facts = inspect_dataset(args.data, args.split)
     if args.json:
         _print_json(facts)
         return

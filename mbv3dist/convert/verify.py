@@ -25,6 +25,7 @@ from mbv3dist.convert.samples import sample_labels
 from mbv3dist.convert.writer import BLOCK, padded
 from mbv3dist.data.idx import INDEX_VERSION, TARGET_EXTENSIONS
 from mbv3dist.data.index import Shard, Split, open_split, require_splits
+from mbv3dist.data.remote import is_url, redact
 from mbv3dist.data.target import class_problem, parse_target
 
 _READ_BYTES = 1 << 20
@@ -82,6 +83,11 @@ def verify_dataset(
     Raises:
         ValueError: if there is no such split.
     """
+    if is_url(str(out)):
+        raise ValueError(
+            f"{redact(str(out))}: verify reads data sets on this machine; shards of a remote one "
+            "are checked against SPLIT.json whenever they enter the cache"
+        )
     names = list(splits) if splits else require_splits(out)
     opened = [open_split(out, name) for name in names]
     num_shards, num_done = sum(len(split.shards) for split in opened), 0

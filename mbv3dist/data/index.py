@@ -31,13 +31,14 @@ from mbv3dist.data.manifest import (
     table_from_rows,
 )
 from mbv3dist.data.sources import Sources
-from mbv3dist.messages import shown
+from mbv3dist.messages import has_control, shown
 
 TASKS = tuple(TARGET_EXTENSIONS)
 _REPORT_SUFFIXES = (".report.json", ".failed.json")
 _CURE = "make one with `mbv3dist convert voc|imagefolder SRC --out OUT --split NAME`"
 _COPY_AGAIN = "copy the data set again or convert again with --overwrite"
 _MAX_HEAD = 4096
+_MAX_CLASS_NAME = 1000
 _MANIFEST_FROM_BYTES = 1 << 20  # of SPLIT.json: smaller ones have no manifest at their source
 
 
@@ -362,14 +363,17 @@ def _build_split(root: Path, name: str, path: Path, url: str | None) -> Split:
         description = json.loads(path.read_bytes())
         table = table_from_rows(description["shardlist"], name)
     if description["wids_version"] != 1:
-        raise ValueError(f"wids_version is {description['wids_version']!r}, not 1")
+        raise ValueError(f"wids_version is {shown(description['wids_version'])}, not 1")
     task = description["task"]
     if task not in TASKS:
-        raise ValueError(f"task is {task!r}, not one of {', '.join(TASKS)}")
+        raise ValueError(f"task is {shown(task)}, not one of {', '.join(TASKS)}")
     boxes = description["boxes"]
     if not isinstance(boxes, int) or boxes < 0:
-        raise ValueError(f"boxes is {boxes!r}, not a count")
+        raise ValueError(f"boxes is {shown(boxes)}, not a count")
     classes = description["classes"]
     if not isinstance(classes, list) or not all(isinstance(item, str) for item in classes):
         raise ValueError("classes is no list of names")
+    for label in classes:
+        if not label or len(label) > _MAX_CLASS_NAME or has_control(label):
+            raise ValueError(f"class {shown(label)} is empty, too long or holds control characters")
     return Split(root, name, task, tuple(classes), ShardTable(root, name, table), boxes, url)

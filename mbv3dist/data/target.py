@@ -10,6 +10,8 @@ import numpy as np
 
 from mbv3dist.data.idx import TARGET_EXTENSIONS
 
+_MAX_SIDE = 2**31  # pixels
+
 
 @dataclass(frozen=True)
 class Target:
@@ -83,11 +85,16 @@ def _parse_boxes(data: bytes | memoryview) -> Target:
             boxes = np.array(value["boxes"], dtype=np.float32).reshape(-1, 4)
         labels = np.array(value["labels"], dtype=np.int64)
         difficult = np.array(value["difficult"], dtype=np.bool_)
-        width, height = int(value["width"]), int(value["height"])
+        width, height = value["width"], value["height"]
+        # NumPy would cut 1.9 to 1 and read texts as numbers.
+        if not all(type(number) is int for number in (width, height, *value["labels"])):
+            raise TypeError
     except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ValueError(f"its .json member is no target ({type(error).__name__})") from error
     if not (labels.shape == difficult.shape == (len(boxes),)) or len(value["boxes"]) != len(boxes):
         raise ValueError("its .json member has boxes, labels and difficult of different lengths")
-    if width < 1 or height < 1 or not np.all(np.isfinite(boxes)):
+    if not (0 < width < _MAX_SIDE and 0 < height < _MAX_SIDE) or not np.isfinite(boxes).all():
         raise ValueError("its .json member has an impossible size or box")
+    if not (boxes[:, 2:] >= boxes[:, :2]).all():
+        raise ValueError("its .json member has a box whose corners are in the wrong order")
     return Target(-1, boxes, labels, difficult, width, height)

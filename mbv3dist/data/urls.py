@@ -14,20 +14,25 @@ _IPV6_HOST = re.compile(r"\[[0-9A-Fa-f:.%]+\]")
 _HIDDEN = "***"
 _PATTERNS = (
     # user:password@ (or a token alone) before a host; an @ behind a slash is part of a path
-    (re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://)[^/\s@'\"]+@"), rf"\1{_HIDDEN}@"),
+    (re.compile(r"(?i)\b([a-z][a-z0-9+.-]{0,20}://)[^/\s@'\"]{1,4000}@"), rf"\1{_HIDDEN}@"),
     # the query of a URL: presigned ones carry the signature there
-    (re.compile(r"(?i)\b([a-z][a-z0-9+.-]*://[^\s?'\"<>]+\?)[^\s'\"<>)]+"), rf"\1{_HIDDEN}"),
+    (
+        re.compile(r"(?i)\b([a-z][a-z0-9+.-]{0,20}://[^\s?'\"<>]{1,4000}\?)[^\s'\"<>)]+"),
+        rf"\1{_HIDDEN}",
+    ),
     # Authorization: Bearer ..., X-Amz-Signature=..., "secret_access_key": "..."
     (
         re.compile(
-            r"(?i)([\w-]*(?:authorization|signature|credential|secret|password|token|access_key_id|"
-            r"accesskeyid)[\w-]*['\"]?\s*[:=]\s*)(['\"]?)(?:(?:basic|bearer)\s+)?[^\s'\"&;,)]+"
+            r"(?i)((?:authorization|signature|credential|secret|password|token|access_key_id|"
+            r"accesskeyid)[\w-]{0,40}['\"]?\s{0,8}[:=]\s{0,8})(['\"]?)(?:(?:basic|bearer)\s{1,8})?"
+            r"[^\s'\"&;,)]+"
         ),
         rf"\1\2{_HIDDEN}",
     ),
     (re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{12,}\b"), _HIDDEN),
     (re.compile(r"\bhf_[A-Za-z0-9]{20,}\b"), _HIDDEN),
 )
+_MAX_MESSAGE = 4000
 _SECRET_NAME = re.compile(r"(?i)secret|token|password|access_key|api_key|credential")
 
 
@@ -117,7 +122,12 @@ def split_credentials(url: str) -> tuple[str, tuple[str, str] | None, list[tuple
 
 
 def redact(text: str) -> str:
-    """Return a message without user:password@, queries of URLs, keys and tokens."""
+    """Return a message without user:password@, queries of URLs, keys and tokens.
+
+    A very long one, such as a server's error page, is cut behind a word.
+    """
+    if len(text) > _MAX_MESSAGE:
+        text = f"{text[:_MAX_MESSAGE].rpartition(' ')[0]} ..."
     for name, value in os.environ.items():
         if len(value) >= 8 and _SECRET_NAME.search(name):
             text = text.replace(value, _HIDDEN)

@@ -43,6 +43,7 @@ def place_special(folder: Path, specials: list[list[str]]) -> None:
     """Put in what is no plain file: pipes, links, folders, files with strange names."""
     for name, kind, detail in specials:
         path = folder / name
+        assert Path(os.path.abspath(path)).is_relative_to(folder), name
         with contextlib.suppress(OSError, ValueError):  # names that the system refuses
             if kind == "fifo":
                 path.unlink(missing_ok=True)
@@ -62,7 +63,7 @@ def place_special(folder: Path, specials: list[list[str]]) -> None:
 def _specials(rng: Random, names: list[str], suffix: str) -> list[list[str]]:
     name = rng.choice(names)
     strange = rng.choice(TEXTS).replace("/", "_").replace("\0", "")[:200]
-    beside = f"{os.path.dirname(name)}/{strange}{suffix}"
+    beside = os.path.join(os.path.dirname(name), f"{strange}{suffix}")
     found = rng.choice(
         (
             [name, "fifo", ""],

@@ -144,6 +144,8 @@ def run_target(case: Case, box: Path, seeds: Seeds) -> bool:
     require(bool(np.isfinite(target.boxes).all()), "a box is not finite")
     require(bool(((target.labels >= 0) & (target.labels < 3)).all()), "a class is not there")
     require(target.width > 0 and target.height > 0, "size")
+    require(bool((target.boxes[:, :2] <= target.boxes[:, 2:]).all()), "a box is turned inside out")
+    require(json.loads(case.files["input"])["labels"] == target.labels.tolist(), "labels differ")
     return True
 
 
