@@ -27,8 +27,8 @@ def inspect_dataset(out: str | Path, splits: Sequence[str] | None = None) -> dic
     for split in opened[1:]:
         if (split.task, split.classes) != (first.task, first.classes):
             raise ValueError(
-                f"splits {first.name!r} and {split.name!r} in {first.where!r} differ in task or class "
-                "list; convert one of them again with --overwrite and the other's --classes"
+                f"splits {first.name!r} and {split.name!r} in {first.where!r} differ in task or "
+                "class list; convert one of them again with --overwrite and the other's --classes"
             )
     return {
         "task": first.task,

@@ -139,7 +139,8 @@ class Remote:
         """
         if self._scheme == "http":
             raise ValueError(
-                f"{self.shown('')}: the files of a web server cannot be listed; name the split (--split)"
+                f"{self.shown('')}: the files of a web server cannot be listed; name the split "
+                "with --split"
             )
         rows = self._ask("", "list", lambda fs, url: fs.ls(url, detail=True))
         return sorted(row["name"].rpartition("/")[2] for row in rows if row["type"] == "file")
