@@ -42,17 +42,22 @@ class ErrorBudget:
         """
         if self.limit == 0:
             raise error
-        self.merge({index: str(error)})
+        with self._lock:
+            self.damaged[index] = str(error)
+            damaged = dict(self.damaged)
+        self.check(damaged)
 
     def merge(self, damaged: dict[int, str]) -> None:
-        """Add what other ranks met; errors as in `add`."""
+        """Add what other ranks met, without checking."""
         with self._lock:
             self.damaged.update(damaged)
-            count, last = len(self.damaged), next(reversed(self.damaged.values()), "")
-        if count > self.limit:
+
+    def check(self, damaged: dict[int, str]) -> None:
+        """Raise DamagedShardError if these samples are too many."""
+        if len(damaged) > self.limit:
             raise DamagedShardError(
-                f"{count} samples are damaged and --data.error_budget allows {self.limit}; the "
-                f"last one: {last}"
+                f"{len(damaged)} samples are damaged and --data.error_budget allows {self.limit}; "
+                f"the last one: {next(reversed(damaged.values()))}"
             )
 
 

@@ -7,7 +7,9 @@ import torch
 import torch.distributed as dist
 
 from mbv3dist.data.drawing import ErrorBudget
+from mbv3dist.data.idx import DamagedShardError
 from mbv3dist.data.index import Split
+from mbv3dist.training.processes import AgreedError
 
 
 class DamageLedger:
@@ -30,7 +32,7 @@ class DamageLedger:
         self._split = split
         self._path = run_dir / "damaged.tsv"
         self._group = group
-        self._listed = 0
+        self._said = set(budget.damaged)  # before the run was resumed
 
     def agree(self) -> list[str]:
         """Merges what all ranks met; returns what is new, on every rank.
@@ -38,22 +40,26 @@ class DamageLedger:
         Every rank must call this at the same step. Costs nothing without a budget.
 
         Raises:
-            DamagedShardError: on every rank, if all ranks together exceed the budget.
+            AgreedError: on every rank, if all ranks together exceed the budget.
         """
         if self._budget.limit == 0:
             return []
+        damaged = dict(self._budget.damaged)  # threads go on adding to it
         if self._group is not None:
-            count = torch.tensor([len(self._budget.damaged)])
+            count = torch.tensor([len(damaged)])
             dist.all_reduce(count, op=dist.ReduceOp.MAX, group=self._group)
-            parts: list[Any] = [None] * dist.get_world_size()
             if count.item() > 0:
-                dist.all_gather_object(parts, dict(self._budget.damaged), group=self._group)
-            for part in parts:
-                self._budget.merge(part or {})
-        damaged = dict(sorted(self._budget.damaged.items()))
-        new = list(self._budget.damaged.values())[self._listed :]
+                parts: list[Any] = [None] * dist.get_world_size()
+                dist.all_gather_object(parts, damaged, group=self._group)
+                damaged = {index: text for part in parts for index, text in part.items()}
+                self._budget.merge(damaged)
+        new = [text for index, text in damaged.items() if index not in self._said]
+        self._said |= damaged.keys()
         if new and (self._group is None or dist.get_rank() == 0):
-            lines = [f"{self._split.key(index)}\t{text}\n" for index, text in damaged.items()]
+            lines = [f"{self._split.key(i)}\t{text}\n" for i, text in sorted(damaged.items())]
             self._path.write_text("".join(lines), encoding="utf-8")
-        self._listed = len(damaged)
+        try:
+            self._budget.check(damaged)  # the same on every rank
+        except DamagedShardError as error:
+            raise AgreedError(str(error)) from None
         return new

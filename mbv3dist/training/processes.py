@@ -14,6 +14,10 @@ from accelerate.state import AcceleratorState
 T = TypeVar("T")
 
 
+class AgreedError(ValueError):
+    """A mistake that all ranks hear of and end with, in the same words; rank 0 says it."""
+
+
 def check_launch(environ: dict[str, str] | None = None) -> None:
     """Refuses to run with fewer processes than the launcher was asked for.
 
@@ -85,7 +89,7 @@ def on_main_process(function: Callable[[], T]) -> T:
     Without this, an error that only rank 0 can meet (a full disk, say) leaves the others waiting.
 
     Raises:
-        ValueError: `function` raised on rank 0; the message is the same on every rank.
+        AgreedError: `function` raised on rank 0, of several.
     """
     if not is_distributed():
         return function()
@@ -97,7 +101,7 @@ def on_main_process(function: Callable[[], T]) -> T:
             box[1] = str(error)
     dist.broadcast_object_list(box, src=0)
     if box[1] is not None:
-        raise ValueError(box[1])
+        raise AgreedError(box[1])
     result: T = box[0]
     return result
 

@@ -24,6 +24,7 @@ from mbv3dist.training.color import adjust_color
 from mbv3dist.training.damage import DamageLedger
 from mbv3dist.training.optim import lr_factor, set_lr, train_mode
 from mbv3dist.training.processes import (
+    AgreedError,
     StopRequest,
     is_distributed,
     is_lost_peer,
@@ -61,6 +62,10 @@ def train(config: TrainConfig, *, quiet: bool = False) -> dict[str, Any]:
                 raise SystemExit(2) from None
             raise
         return fit(run, quiet=quiet)
+    except AgreedError:
+        if is_distributed() and dist.get_rank() != 0:
+            raise SystemExit(2) from None
+        raise
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
@@ -201,17 +206,20 @@ def validate(run: Run) -> dict[str, Any]:
         # Each rank's BatchNorm statistics end with its own last batch; rank 0's are the run's.
         for buffer in model.buffers():
             dist.broadcast(buffer, src=0)
-    with full_precision(model):
-        return evaluate(
-            model,
-            run.spec,
-            run.val_split,
-            batch_size=run.config.eval.batch_size,
-            device=run.accelerator.device,
-            num_threads=run.config.data.num_threads,
-            cache=run.cache,
-            min_negatives=run.config.model.min_negatives,
-        )
+    try:
+        with full_precision(model):
+            return evaluate(
+                model,
+                run.spec,
+                run.val_split,
+                batch_size=run.config.eval.batch_size,
+                device=run.accelerator.device,
+                num_threads=run.config.data.num_threads,
+                cache=run.cache,
+                min_negatives=run.config.model.min_negatives,
+            )
+    except ValueError as error:  # of one rank; evaluate tells all
+        raise AgreedError(str(error)) from None
 
 
 @contextlib.contextmanager

@@ -170,6 +170,8 @@ def prepare(config: TrainConfig) -> Run:
         _settle_buckets(run)
     if config.resume == "auto":
         _resume(run)
+    # Again, with what this part of the run is made with; a resume that is refused leaves it alone.
+    on_main_process(lambda: _write_config(config))
     return run
 
 
@@ -376,7 +378,12 @@ def _make_run_dir(config: TrainConfig) -> None:
             "--overwrite true or another --name"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(config_to_dict(config), sort_keys=False)
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    if not list_checkpoints(folder):
+        _write_config(config)
     if config.resume == "never":
         (folder / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def _write_config(config: TrainConfig) -> None:
+    text = yaml.safe_dump(config_to_dict(config), sort_keys=False)
+    (config.run_dir / "config.yaml").write_text(text, encoding="utf-8")

@@ -120,6 +120,7 @@ def assert_same(result, expected):
             assert result[name] == value, name
 
 
+@pytest.mark.slow
 def test_any_number_of_ranks_gives_the_same(jobs, tmp_path):
     run_ranks(score_on_all, 1, jobs=jobs, out=tmp_path)
     found = {

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.slow
 
 WORLD_SIZES = (8, 2, 8, 3)
 NUM_THREADS, PREFETCH = 2, 3
-SIZES = {"prime": 61, "whole steps": 48, "other": 29}
+SIZES = {"prime": 127, "whole steps": 96, "other": 29}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def data(tmp_path_factory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("data")
     for name, size in SIZES.items():
         source = write_tiny_voc(root / f"VOC {name}", size, seed=size)
-        convert_voc([source], root / name, split="train", workers=1, shard_bytes=20_000)
+        convert_voc([source], root / name, split="train", workers=1, shard_bytes=30_000)
     return {name: str(root / name) for name in SIZES}
 
 

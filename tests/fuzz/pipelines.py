@@ -19,7 +19,7 @@ from typing import Any
 
 from .mutate import TEXTS, mutate
 from .mutate_binary import _headers, member
-from .sandbox import Finding, Target, check_text, error_problem, require, text_problem
+from .sandbox import MAX_PROBLEM, Finding, Target, check_text, error_problem, require, text_problem
 from .seeds import Case, Seeds
 
 KINDS = {
@@ -113,7 +113,7 @@ def run_convert(case: Case, box: Path, seeds: Seeds) -> bool:
     code, printed = command("convert", case.target, source, "--out", str(out), *words)
     require(code == 0, f"convert ends with {code}")
     for line in printed.splitlines():
-        check_text(line)
+        check_text(line, limit=MAX_PROBLEM)
     code, printed = command("verify", str(out), "--json")
     result = json.loads(printed)
     require(result["ok"] and code == 0, f"what was converted does not verify: {result}")
@@ -195,7 +195,8 @@ def load_batches(folder: Path, name: str) -> str:
             seen += len(batch)
         require(seen == len(split), f"evaluation saw {seen} of {len(split)} samples")
         view = "ssd" if split.task == "detection" else "random_resized_crop"
-        samples = choose_pass(split, balance_classes=True) if split.task == "detection" else None
+        balanced = split.task == "detection" and bool((split.labels() >= 0).any())
+        samples = choose_pass(split, balance_classes=True) if balanced else None
         plan = Plan(split.shard_sizes, global_batch_size=4, epochs=1, samples=samples)
         config = ViewConfig(name=view)  # type: ignore[arg-type]
         with Loader(split, plan, view=config, size=16, seed=1, num_threads=1) as loader:

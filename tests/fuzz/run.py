@@ -112,6 +112,12 @@ def _warm_up(names: Sequence[str], seeds: Seeds, box: Path) -> None:
     """Run each target once, so that modules are imported before anybody watches."""
     from random import Random
 
+    from .pipelines import load_batches
+
+    if any(harness.find_target(name).is_pipeline for name in names):
+        assert seeds.datasets
+        for task in seeds.datasets:
+            load_batches(seeds.folder / f"data-{task}", "train")
     for name in dict.fromkeys(names):
         if not name.startswith("planted"):
             for number in range(2):

@@ -27,6 +27,7 @@ from .seeds import Case, Seeds
 
 PACKAGE = os.path.dirname(os.path.abspath(mbv3dist.__file__)) + os.sep
 MAX_MESSAGE = 2500  # characters; a path and a list of names may be long, a file's content not
+MAX_PROBLEM = 22_000  # of bad input in a conversion: a path of 5000 letters, each escaped
 # What a terminal obeys or takes for something else.
 _UNSHOWABLE = re.compile(
     "[\x00-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff\ud800-\udfff]"
@@ -42,6 +43,7 @@ _WRITES = {
     "os.chmod",
     "os.utime",
 }
+_BESIDE = ("os.remove", "os.rmdir")  # their last argument is an open folder, or -1
 _FORBIDDEN = (
     *("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty"),
     *("socket.connect", "socket.bind", "socket.getaddrinfo", "pickle.find_class", "pty.spawn"),
@@ -92,6 +94,7 @@ class Watch:
         ]
         self._readable += [os.path.realpath(place) + os.sep for place in site.getsitepackages()]
         self._readable += [os.path.dirname(os.path.abspath(__file__)) + os.sep]
+        self._readable += [f"{PACKAGE.rstrip(os.sep)}.egg-info{os.sep}"]  # the version
         self._readable += ["/proc/", "/sys/", "/dev/", "/usr/", "/etc/localtime", "/etc/ld.so"]
 
     def note(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -100,21 +103,28 @@ class Watch:
             path, mode, flags = arguments[:3]
             if not isinstance(path, str | bytes):
                 return
-            where = os.path.abspath(os.fsdecode(path))
+            name = os.fsdecode(path)
+            where = os.path.abspath(name)
+            # A name alone is below the folder we stand in, or below an open one (`dir_fd`).
+            inside = not os.path.isabs(name) and os.pardir not in name.split(os.sep)
             if _is_writing(mode, flags):
-                self._check_write(event, path)
-            elif not where.startswith((self._writable, *self._readable)):
+                self._check_write(event, path, None)
+            elif not inside and not where.startswith((self._writable, *self._readable)):
                 self.problems.append(f"reads {where!r}")
         elif event in _WRITES:
-            for path in arguments[:2]:
-                if isinstance(path, str | bytes):
-                    self._check_write(event, path)
+            paths = [path for path in arguments if isinstance(path, str | bytes)]
+            handle = next((n for n in arguments[::-1] if type(n) is int and n >= 0), None)
+            for path in paths:
+                self._check_write(event, path, handle if event in _BESIDE else None)
         elif event in _FORBIDDEN:
             self.problems.append(f"{event} {arguments!r:.200}")
 
-    def _check_write(self, event: str, path: str | bytes) -> None:
+    def _check_write(self, event: str, path: str | bytes, handle: int | None) -> None:
+        given = os.fsdecode(path)
+        if handle is not None and not os.path.isabs(given):
+            given = os.path.join(os.readlink(f"/proc/self/fd/{handle}"), given)
         # The folder is followed through links; the name itself is what is made or taken away.
-        folder, name = os.path.split(os.path.abspath(os.fsdecode(path)))
+        folder, name = os.path.split(os.path.abspath(given))
         where = os.path.join(os.path.realpath(folder), name)
         if not where.startswith(self._writable) and where != os.devnull:
             self.problems.append(f"{event} outside the output: {where!r}")
@@ -177,7 +187,7 @@ def list_tree(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def text_problem(text: str, *, num_lines: int = 1) -> str:
+def text_problem(text: str, *, num_lines: int = 1, limit: int = MAX_MESSAGE) -> str:
     """Return what is wrong with a message that a user sees, or an empty string."""
     lines = text.split("\n")
     if len(lines) != num_lines:
@@ -187,7 +197,7 @@ def text_problem(text: str, *, num_lines: int = 1) -> str:
     for line in lines:
         if _UNSHOWABLE.search(line):
             return f"a message with control characters: {line!r:.300}"
-        if len(line) > MAX_MESSAGE:
+        if len(line) > limit:
             return f"a message of {len(line)} characters: {line!r:.300}"
     return ""
 
@@ -198,9 +208,9 @@ def require(condition: bool, what: str) -> None:
         raise Finding(what)
 
 
-def check_text(text: str) -> None:
+def check_text(text: str, *, limit: int = MAX_MESSAGE) -> None:
     """Report a finding unless a text can be shown on a line."""
-    require(not (problem := text_problem(text)), problem)
+    require(not (problem := text_problem(text, limit=limit)), problem)
 
 
 def error_problem(error: Exception) -> str:
@@ -218,8 +228,10 @@ def error_problem(error: Exception) -> str:
     named_by_system = isinstance(error, OSError) and error.filename is not None
     if not named_by_system and not _is_ours(error):
         return f"message of a library: {kind.__name__}: {error!s:.300} ({_place(error)})"
-    num_lines = len(error.problems) + 2 if isinstance(error, ConversionError) else 1
-    problem = text_problem(_describe(error), num_lines=num_lines)
+    num_lines, limit = 1, MAX_MESSAGE
+    if isinstance(error, ConversionError):
+        num_lines, limit = len(error.problems) + 2, MAX_PROBLEM
+    problem = text_problem(_describe(error), num_lines=num_lines, limit=limit)
     return f"{problem} ({_place(error)})" if problem else ""
 
 

@@ -94,5 +94,5 @@ def test_a_lost_shard_is_as_many_samples_as_it_held(split):
     loader = make_loader(split, error_budget=lost)
     list(loader)
     assert len(loader.budget.damaged) == lost
-    with pytest.raises(DamagedShardError, match=f"{lost} samples are damaged .*shard is missing"):
+    with pytest.raises(DamagedShardError, match=f"{lost} samples are damaged"):
         list(make_loader(split, error_budget=lost - 1))
