@@ -92,11 +92,11 @@ def stable_order(words: np.ndarray) -> np.ndarray:
 def _part_of_order(words: np.ndarray, start: int, stop: int) -> np.ndarray:
     """Return what `stable_order(words)[start:stop]` does, without sorting them all.
 
-    Uniform words of these ranks lie in a narrow window, five standard deviations to each side.
+    Uniform words of these ranks lie in a narrow window, 3.5 standard deviations to each side.
     Should some not, all are sorted.
     """
     count = len(words)
-    margin = 2.5 * count**0.5
+    margin = 1.75 * count**0.5
     low = int(max(start - margin, 0) / count * 2**64)
     high = min(int((stop + margin) / count * 2**64), 2**64 - 1)
     near = np.flatnonzero(words - np.uint64(low) <= np.uint64(high - low))

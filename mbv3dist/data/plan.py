@@ -116,7 +116,7 @@ class Plan:
         self.lanes = self._choose_lanes(lanes)
         self.lane_size = self.global_batch_size // self.lanes
 
-        # Of a carry epoch the steps are a fraction; of a drop epoch a whole number.
+        # Steps per epoch: a fraction with carry, a whole number with drop.
         if tail == "carry":
             self.steps_per_epoch: float = self.num_samples / self.global_batch_size
             self.num_steps = -(-self.epochs * self.num_samples // self.global_batch_size)
@@ -124,7 +124,7 @@ class Plan:
             self.steps_per_epoch = self.num_samples // self.global_batch_size
             self.num_steps = self.epochs * self.steps_per_epoch
 
-        # Small caches: a step costs its lookups. They are not safe for several threads at a time.
+        # Small caches; not safe for several threads at a time.
         self._epochs: dict[int, EpochLayout] = {}
         self._blocks: dict[tuple[int, int], tuple[int, np.ndarray]] = {}  # by epoch and lane
         self._shards: dict[tuple[int, int], np.ndarray] = {}  # by epoch and shard
@@ -283,21 +283,8 @@ class Plan:
 
     def _block_entries(self, block: Block, start: int, stop: int) -> np.ndarray:
         """Return what is read at axis positions [start, stop) of a block: int64 [stop - start]."""
-        layout = self.layout(block.epoch)
-        lane_start, lane_end = layout.lane_starts[block.lane : block.lane + 2]
-        bounds = layout.starts_view[block.places.start : block.places.stop + 1].tolist()
-        parts = []
-        for place, (base, end) in zip(block.places, itertools.pairwise(bounds), strict=True):
-            shard = int(layout.shard_order[place])
-            if lane_start <= base and end <= lane_end:
-                parts.append(self.samples.entries(block.epoch, shard))
-            else:
-                cut = self._cut_shard(block.epoch, shard)
-                parts.append(cut[max(block.low - base, 0) : max(block.high - base, 0)])
-        entries: np.ndarray = np.concatenate(parts)
-        assert len(entries) == block.high - block.low
         order = draws.permutation(
-            len(entries),
+            block.high - block.low,
             seed=self.seed,
             purpose=draws.WITHIN_BLOCK,
             epoch=block.epoch,
@@ -305,14 +292,35 @@ class Plan:
             minor=block.number,
             part=range(start - block.low, stop - block.low),
         )
+        layout = self.layout(block.epoch)
+        places = block.places
+        bounds = layout.starts_view[places.start : places.stop + 1].tolist()
+        if len(order) <= 2 * len(places):  # a few: without the other shards' entries
+            found = []
+            for at in (order + block.low).tolist():
+                place = bisect_right(bounds, at) - 1
+                base, end = bounds[place : place + 2]
+                found.append(self._shard_entries(block, places[place], base, end)[at - base])
+            return np.array(found, dtype=np.int64)
+        parts = []
+        for place, (base, end) in zip(places, itertools.pairwise(bounds), strict=True):
+            part = self._shard_entries(block, place, base, end)
+            parts.append(part[max(block.low - base, 0) : max(block.high - base, 0)])
+        entries: np.ndarray = np.concatenate(parts)
+        assert len(entries) == block.high - block.low
         mixed: np.ndarray = entries[order]
         return mixed
 
-    def _cut_shard(self, epoch: int, shard: int) -> np.ndarray:
-        """Return the entries of a shard that lanes share, in an order of its own.
+    def _shard_entries(self, block: Block, place: int, base: int, end: int) -> np.ndarray:
+        """Return the entries of a block's shard, which is [base, end) on the axis."""
+        layout = self.layout(block.epoch)
+        shard = int(layout.shard_order[place])
+        if layout.lane_starts[block.lane] <= base and end <= layout.lane_starts[block.lane + 1]:
+            return self.samples.entries(block.epoch, shard)
+        return self._cut_shard(block.epoch, shard)
 
-        So each lane gets any of them, and not a stretch of neighbours.
-        """
+    def _cut_shard(self, epoch: int, shard: int) -> np.ndarray:
+        """Return a shard that lanes share in an order of its own, so that each gets any of it."""
         cut = self._shards.get((epoch, shard))
         if cut is None:
             entries = self.samples.entries(epoch, shard)
