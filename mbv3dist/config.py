@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from mbv3dist.messages import shown
+
 Architecture = Literal[
     "mobilenetv3_small",
     "mobilenetv3_large",
@@ -229,7 +231,7 @@ def check_config(config: TrainConfig) -> None:
 
     def require(condition: bool, flag: str, value: Any, cure: str) -> None:
         if not condition:
-            raise ValueError(f"--{flag} = {value!r}: {cure}")
+            raise ValueError(f"--{flag} = {shown(value)}: {cure}")
 
     plain = bool(re.fullmatch(r"[\w.+-]+", config.name)) and config.name.strip(".") != ""
     require(plain, "name", config.name, "letters, digits, '.', '_', '+' and '-'; not a path")

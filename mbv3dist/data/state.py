@@ -56,6 +56,8 @@ def resume_step(
     Raises:
         ValueError: if anything else differs: names what, from what, to what, and the way on.
     """
+    if not isinstance(state, dict):
+        raise ValueError(f"the data state is {_shown(state)}; it should be what Loader.state gave")
     mine = data_state(split, plan, 0)
     warnings = []
     for name in dict.fromkeys([*mine, *state]):

@@ -8,18 +8,17 @@ import re
 from pathlib import Path
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
+from mbv3dist.messages import one_line, shown
+
 SCHEMES = ("http", "https", "s3", "gs", "gcs", "hf")
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 _IPV6_HOST = re.compile(r"\[[0-9A-Fa-f:.%]+\]")
 _HIDDEN = "***"
 _PATTERNS = (
     # user:password@ (or a token alone) before a host; an @ behind a slash is part of a path
-    (re.compile(r"(?i)\b([a-z][a-z0-9+.-]{0,20}://)[^/\s@'\"]{1,4000}@"), rf"\1{_HIDDEN}@"),
+    (re.compile(r"://[^/\s@'\"]{1,4000}@"), f"://{_HIDDEN}@"),
     # the query of a URL: presigned ones carry the signature there
-    (
-        re.compile(r"(?i)\b([a-z][a-z0-9+.-]{0,20}://[^\s?'\"<>]{1,4000}\?)[^\s'\"<>)]+"),
-        rf"\1{_HIDDEN}",
-    ),
+    (re.compile(r"(://[^\s?'\"<>]{1,4000}\?)[^\s'\"<>)]+"), rf"\1{_HIDDEN}"),
     # Authorization: Bearer ..., X-Amz-Signature=..., "secret_access_key": "..."
     (
         re.compile(
@@ -57,7 +56,7 @@ def to_local(text: str) -> str:
         return text
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost"):
-        raise ValueError(f"{text} is on another machine; use file:///PATH or a path")
+        raise ValueError(f"{shown(text)} is on another machine; use file:///PATH or a path")
     return unquote(parts.path)
 
 
@@ -70,7 +69,7 @@ def check_url(url: str) -> str:
     """
 
     def refuse(reason: str) -> ValueError:
-        return ValueError(f"{redact(url)!r} {reason}")
+        return ValueError(f"{shown(redact(url))} {reason}")
 
     taken = ", ".join(f"{scheme}://" for scheme in SCHEMES)
     match = _SCHEME.match(url)
@@ -88,7 +87,7 @@ def check_url(url: str) -> str:
         host = parts.hostname
         _ = parts.port
     except ValueError as error:
-        raise refuse(f"is no valid URL ({redact(str(error))})") from None
+        raise refuse(f"is no valid URL ({one_line(redact(str(error)))})") from None
     if not host or not url[len(scheme) :].startswith("://"):
         raise refuse(f"names no {'host' if scheme.startswith('http') else 'bucket or repository'}")
     if {".", ".."} & set(unquote(parts.path).split("/")):

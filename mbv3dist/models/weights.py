@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from timm.models._efficientnet_blocks import ConvBnAct, DepthwiseSeparableConv, InvertedResidual
 from torch import Tensor, nn
 
-from mbv3dist.messages import shown
+from mbv3dist.messages import one_line, shown
 from mbv3dist.models.pickles import load_pickle
 from mbv3dist.models.ssdlite import SSDLite
 
@@ -44,7 +44,7 @@ def read_state(path: str | Path) -> State:
     try:
         content = load_file(path) if path.suffix == ".safetensors" else load_pickle(path)
     except (SafetensorError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0]
+        reason = one_line(str(error))
         raise ValueError(
             f"weights: {path} cannot be read as weights ({reason}); it is damaged, or a pickle of "
             "more than tensors: save model.state_dict() instead"
