@@ -43,7 +43,7 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
             self._num_aliases += 1
             if self._num_aliases > _MAX_ALIASES:
                 raise yaml.YAMLError(f"more than {_MAX_ALIASES} aliases (*name)")

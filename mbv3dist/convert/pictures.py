@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 REENCODE_QUALITY = 95
+_MAX_JPEG_SIDE = 65_500  # libjpeg's limit
 _FULL_CHROMA = 0  # Pillow's number for 4:4:4
 
 
@@ -112,7 +113,15 @@ def shrink(image: Image, shorter: int) -> Image:
 
 
 def encode_jpeg(image: Image, *, quality: int, full_chroma: bool) -> bytes:
-    """Return an RGB picture as baseline JPEG bytes, without EXIF, comment or colour profile."""
+    """Return an RGB picture as baseline JPEG bytes, without EXIF, comment or colour profile.
+
+    Raises:
+        PictureError: if it has more pixels on a side than JPEG can hold.
+    """
+    if max(image.size) > _MAX_JPEG_SIDE:
+        raise PictureError(
+            f"{image.width} x {image.height} pixels: JPEG holds at most {_MAX_JPEG_SIDE} on a side"
+        )
     plain = image.copy()
     plain.info = {}  # Pillow would carry the original's comment over
     buffer = io.BytesIO()

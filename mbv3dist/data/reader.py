@@ -29,6 +29,7 @@ from mbv3dist.data.idx import (
 )
 from mbv3dist.data.index import Split
 from mbv3dist.data.target import Target, parse_target
+from mbv3dist.messages import one_line
 
 __all__ = ["DamagedShardError", "Reader", "ShardBytes", "ShardStore"]
 
@@ -228,7 +229,7 @@ class Reader:
         split = self.split
         shard = split.shards[split.locate(index)[0]]
         try:
-            source = split.source(index)
+            source = one_line(split.source(index))
         except (ValueError, OSError):
             source = "source unknown"
         return DamagedShardError(

@@ -14,6 +14,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from mbv3dist.messages import has_control, shown
 
+_MAX_LIST = 100  # numbers in a list, such as the scales of anchors
 _MAX_NUMBER = 1_000_000_000  # of anything in a description
 _MAX_CHANNELS = 2500  # that feed the last layers of the largest architecture at width 1, all maps
 _MAX_WEIGHTS = 6_000_000  # of the rest of it
@@ -54,12 +55,11 @@ def check_fields(kind: type, values: Mapping[str, Any], *, source: str) -> None:
 def _fits(value: Any, hint: Any) -> bool:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is tuple:
-        length_fits = arguments[-1] is Ellipsis or len(arguments) == len(value)
-        return (
-            isinstance(value, tuple)
-            and length_fits
-            and all(_fits(item, arguments[0]) for item in value)
-        )
+        if not isinstance(value, tuple) or not all(_fits(item, arguments[0]) for item in value):
+            return False
+        if arguments[-1] is Ellipsis:
+            return arguments[0] is str or len(value) <= _MAX_LIST
+        return len(arguments) == len(value)
     if origin is dict:
         return isinstance(value, dict)
     if arguments:  # a union with None

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from mbv3dist.messages import shown
+from mbv3dist.messages import one_line, shown
 from mbv3dist.models.anchors import AnchorConfig
 from mbv3dist.models.description import check_fields, check_size, parse_json
 from mbv3dist.models.mobilenetv3 import BN_EPS, TIMM_BN_EPS, create_classifier
@@ -118,7 +118,7 @@ class ModelSpec:
         task, _ = _lookup(self.architecture)
         if self.task != task:
             raise ValueError(
-                f"model task: {self.architecture} is for {task}, not {self.task!r}; choose an "
+                f"model task: {self.architecture} is for {task}, not {shown(self.task)}; choose an "
                 f"architecture for {self.task}: {', '.join(_names(self.task)) or 'there is none'}"
             )
         if not self.classes:
@@ -319,7 +319,7 @@ def load_model(path: str | Path) -> LoadedModel:
         state = load_file(weights)
     except SafetensorError as error:
         raise ValueError(
-            f"model directory: {weights} is damaged ({error}); copy it again"
+            f"model directory: {weights} is damaged ({one_line(str(error))}); copy it again"
         ) from error
     with torch.random.fork_rng(devices=[]):
         model = model_from_spec(spec)
@@ -347,7 +347,7 @@ def spec_from_json(text: str | bytes, *, source: str = SPEC_FILE) -> ModelSpec:
     try:
         content = parse_json(text)
     except ValueError as error:
-        raise ValueError(f"{source}: no JSON ({error}); copy the file again") from error
+        raise ValueError(f"{source}: no JSON ({one_line(str(error))}); copy it again") from error
     try:
         spec = _build(ModelSpec, content, source=source)
     except TypeError as error:
@@ -378,10 +378,10 @@ def _build(kind: type, content: Any, *, source: str) -> Any:
 def _lookup(architecture: str) -> tuple[str, str]:
     """Return (task, variant) of an architecture; ValueError names the nearest one."""
     if architecture not in ARCHITECTURES:
-        near = difflib.get_close_matches(str(architecture), ARCHITECTURES, n=1, cutoff=0.0)[0]
+        near = difflib.get_close_matches(architecture[:100], ARCHITECTURES, n=1, cutoff=0.0)[0]
         raise ValueError(
-            f"model architecture: {architecture!r} is unknown; did you mean {near!r}? There are "
-            f"{', '.join(ARCHITECTURES)}"
+            f"model architecture: {shown(architecture)} is unknown; did you mean {near!r}? There "
+            f"are {', '.join(ARCHITECTURES)}"
         )
     return ARCHITECTURES[architecture]
 

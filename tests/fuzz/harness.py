@@ -74,7 +74,7 @@ def run_case(case: Case, box: Path, seeds: Seeds) -> Result:
     os.chdir(box / "cwd")
     started = time.perf_counter()
     try:
-        with watched(box / "out") as watch:
+        with watched(box) as watch:
             try:
                 outcome = "accepted" if target.run(case, box, seeds) else "refused"
             except Finding as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import re
@@ -161,7 +162,7 @@ def edit_tree(rng: Random, data: bytes) -> bytes:
     for _ in range(rng.choice((1, 1, 2, 4))):
         paths = _nodes(tree)
         if not paths:
-            return json.dumps(rng.choice(_STRANGE)).encode()
+            return json.dumps(rng.choice(_STRANGE)).encode()  # the root is no container
         *parents, key = rng.choice(paths)
         node = tree
         for parent in parents:
@@ -190,7 +191,7 @@ def _edit_node(rng: Random, node: Any, key: Any) -> None:
     elif kind == 6 and isinstance(value, str):
         node[key] = rng.choice((f"{value}\n", value[:-1], value.upper(), f"../{value}", 7))
     else:
-        node[key] = rng.choice(_STRANGE)
+        node[key] = copy.deepcopy(rng.choice(_STRANGE))
 
 
 def nest_json(rng: Random, data: bytes) -> bytes:

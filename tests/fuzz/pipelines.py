@@ -218,6 +218,7 @@ def make_dataset(rng: Random, seeds: Seeds) -> Case:
     """Mutate files of a data set; or a sample in it, with all checksums made right."""
     task = rng.choice(("detection", "classification"))
     files = dict(seeds.datasets[task])
+    assert seeds.samples, "read before anybody watches"
     options: dict[str, Any] = {"task": task, "special": [], "sealed": False}
     kind = rng.random()
     if kind < 0.35:
@@ -330,7 +331,7 @@ def run_dataset(case: Case, box: Path, seeds: Seeds) -> bool:
         untouched = not case.options["sealed"] and changed <= shards
         if verify == "always" and untouched:
             for index, sample in found.items():
-                require(sample == seeds.samples(task)[index], f"sample {index} is another")
+                require(sample == seeds.samples[task][index], f"sample {index} is another")
     return not load_batches(folder, "train") and accepted
 
 

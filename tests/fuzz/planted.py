@@ -13,13 +13,15 @@ from random import Random
 from .sandbox import Target
 from .seeds import Case, Seeds
 
+_EMPTY: dict[str, str] = {}
+
 
 def _maker(name: str) -> Callable[[Random, Seeds], Case]:
     return lambda rng, seeds: Case(name, {"input": b"x"}, {})
 
 
 def _traceback(case: Case, box: Path, seeds: Seeds) -> bool:
-    return bool({}["missing"])
+    return bool(_EMPTY["missing"])
 
 
 def _library(case: Case, box: Path, seeds: Seeds) -> bool:
@@ -40,7 +42,7 @@ def _program(case: Case, box: Path, seeds: Seeds) -> bool:
 
 
 def _thread(case: Case, box: Path, seeds: Seeds) -> bool:
-    thread = threading.Thread(target=lambda: {}["missing"])
+    thread = threading.Thread(target=lambda: _EMPTY["missing"])
     thread.start()
     thread.join()
     return True

@@ -243,8 +243,8 @@ def _again(paths: Sequence[Path], limit_s: float) -> list[dict[str, Any]]:
             }
             process = _start(task)
             lines, culprit = _read_lines(Path(folder), process.wait())
-            found += lines or [culprit]
-    return [line for line in found if line is not None]
+            found += lines or [culprit or {}]
+    return found
 
 
 def _run_again(paths: Sequence[Path], limit_s: float) -> int:

@@ -84,10 +84,10 @@ class Watch:
         warnings: Libraries' warnings, which a user would see on standard error.
     """
 
-    def __init__(self, writable: Path) -> None:
+    def __init__(self, box: Path) -> None:
         self.problems: list[str] = []
         self.warnings: list[str] = []
-        self._writable = os.path.realpath(writable) + os.sep
+        self._writable = os.path.realpath(box / "out") + os.sep
         self._readable = [
             os.path.realpath(place) + os.sep
             for place in (sys.prefix, sys.base_prefix, sysconfig.get_path("stdlib"), PACKAGE)
@@ -95,7 +95,16 @@ class Watch:
         self._readable += [os.path.realpath(place) + os.sep for place in site.getsitepackages()]
         self._readable += [os.path.dirname(os.path.abspath(__file__)) + os.sep]
         self._readable += [f"{PACKAGE.rstrip(os.sep)}.egg-info{os.sep}"]  # the version
-        self._readable += ["/proc/", "/sys/", "/dev/", "/usr/", "/etc/localtime", "/etc/ld.so"]
+        self._readable += [os.path.abspath(box) + os.sep, os.path.realpath(box) + os.sep]
+        self._readable += [
+            "/proc/",
+            "/sys/",
+            "/dev/null",
+            "/dev/urandom",
+            "/usr/",
+            "/etc/localtime",
+            "/etc/ld.so",
+        ]
 
     def note(self, event: str, arguments: tuple[Any, ...]) -> None:
         """Judge an audit event."""
@@ -109,7 +118,7 @@ class Watch:
             inside = not os.path.isabs(name) and os.pardir not in name.split(os.sep)
             if _is_writing(mode, flags):
                 self._check_write(event, path, None)
-            elif not inside and not where.startswith((self._writable, *self._readable)):
+            elif not inside and not where.startswith(tuple(self._readable)):
                 self.problems.append(f"reads {where!r}")
         elif event in _WRITES:
             paths = [path for path in arguments if isinstance(path, str | bytes)]
@@ -147,13 +156,13 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 @contextmanager
-def watched(writable: Path) -> Iterator[Watch]:
-    """Watch this process; only files under one folder may be written."""
+def watched(box: Path) -> Iterator[Watch]:
+    """Watch this process; only files under the sandbox's ``out`` may be written."""
     global _watch, _installed
     if not _installed:  # a hook cannot be taken away again
         sys.addaudithook(_hook)
         _installed = True
-    watch = Watch(writable)
+    watch = Watch(box)
     old_hook = threading.excepthook
 
     def note_thread(error: Any) -> None:

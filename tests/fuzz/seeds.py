@@ -199,7 +199,6 @@ class Seeds:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._samples: dict[str, list[tuple[bytes, bytes]]] = {}
         self.pictures = {
             "jpeg": _jpegs(),
             "png": _pngs(),
@@ -254,23 +253,27 @@ class Seeds:
         assert "train/000001.tar" in files and "train.manifest" in files, sorted(files)
         return files
 
-    def split_of(self, task: str) -> Any:
-        """Return the opened split of a data set."""
+    @cached_property
+    def split(self) -> Any:
+        """The opened split of the data set for detection."""
         from mbv3dist.data.index import open_split
 
         assert self.datasets
-        return open_split(self.folder / f"data-{task}", "train")
+        return open_split(self.folder / "data-detection", "train")
 
-    def samples(self, task: str) -> list[tuple[bytes, bytes]]:
-        """Return picture and target of every sample of a data set."""
-        if task not in self._samples:
-            from mbv3dist.data.reader import Reader
+    @cached_property
+    def samples(self) -> dict[str, list[tuple[bytes, bytes]]]:
+        """Picture and target of every sample of each data set."""
+        from mbv3dist.data.index import open_split
+        from mbv3dist.data.reader import Reader
 
-            split = self.split_of(task)
+        found = {}
+        for task in self.datasets:
+            split = open_split(self.folder / f"data-{task}", "train")
             with Reader(split) as reader:
                 pairs = [reader.read(index) for index in range(len(split))]
-            self._samples[task] = [(bytes(image), bytes(target)) for image, target in pairs]
-        return self._samples[task]
+            found[task] = [(bytes(image), bytes(target)) for image, target in pairs]
+        return found
 
     @cached_property
     def run(self) -> Any:

@@ -115,7 +115,7 @@ def run_idx(case: Case, box: Path, seeds: Seeds) -> bool:
     return True
 
 
-_TARGETS = (
+TARGETS = (
     b'{"width":24,"height":16,"boxes":[[1,2,12,14],[2.5,2,13.25,14]],"labels":[1,0],'
     b'"difficult":[0,1]}',
     b'{"width":24,"height":16,"boxes":[],"labels":[],"difficult":[]}',
@@ -127,7 +127,7 @@ def make_target(rng: Random, seeds: Seeds) -> Case:
     if rng.random() < 0.25:
         data = mutate(rng, "lines", [b"0", b"2", b"17"])
         return Case("target", {"input": data}, {"task": "classification"})
-    return Case("target", {"input": mutate(rng, "json", _TARGETS)}, {"task": "detection"})
+    return Case("target", {"input": mutate(rng, "json", TARGETS)}, {"task": "detection"})
 
 
 def run_target(case: Case, box: Path, seeds: Seeds) -> bool:
@@ -186,6 +186,7 @@ def run_split(case: Case, box: Path, seeds: Seeds) -> bool:
 def make_report(rng: Random, seeds: Seeds) -> Case:
     """Mutate the report beside a split."""
     files = seeds.datasets["detection"]
+    assert seeds.split, "opened before anybody watches"
     report = json.loads(files["train.report.json"])
     report["problems"] = [{"file": "a.xml", "reason": "no area", "kind": "bad_box"}]
     report["counts"] = {"kept": 3, "reencoded_png": 2}
@@ -199,7 +200,7 @@ def run_report(case: Case, box: Path, seeds: Seeds) -> bool:
     from mbv3dist.convert.records import ConvertReport
     from mbv3dist.convert.summary import summary_lines
 
-    split = dataclasses.replace(seeds.split_of("detection"), root=box / "in" / "data")
+    split = dataclasses.replace(seeds.split, root=box / "in" / "data")
     report = read_report(split)
     if report is None:
         return False
