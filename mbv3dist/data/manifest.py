@@ -22,6 +22,7 @@ from mbv3dist.messages import has_control, shown
 MIN_SHARDS = 10_000  # below, parsing SPLIT.json takes some milliseconds and nobody needs a copy
 _MAGIC = b"mbv3dist manifest 1\n"
 _DIGEST_BYTES = 32
+_MAX_URL = 1000  # characters of a shard's place
 _MIN_SAMPLE_BYTES = 4 * 512  # two members of a header and a block each
 
 
@@ -185,6 +186,7 @@ def _digest(row: dict[str, Any]) -> bytes:
 def _url(row: dict[str, Any]) -> str:
     url = row["url"]
     parts = url.split("/")
-    if ":" in url or "\\" in url or has_control(url) or not {"", ".", ".."}.isdisjoint(parts):
+    strange = ":" in url or "\\" in url or has_control(url) or len(url) > _MAX_URL
+    if strange or not {"", ".", ".."}.isdisjoint(parts):
         raise ValueError(f"shard {shown(url)} is not a relative path in the data set")
     return str(url)

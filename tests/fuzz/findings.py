@@ -186,6 +186,7 @@ def _data_sets(seeds: Seeds) -> list[tuple[str, Case]]:
         ("10**12 samples in a small tar", "nsamples", 10**12),
         ("samples that add up to more than 2**63", "nsamples", 2**62),
         ("control characters of a URL", "url", "train/\x1b[2J.tar"),
+        ("a URL of 6,000 letters in a message", "url", "train/" + "in" * 3000),
         ("a URL outside", "url", "../../etc/passwd"),
     ):
         rows = [{**row, key: value} for row in description["shardlist"]]
