@@ -61,6 +61,11 @@ def load_picture(data: bytes) -> Picture:
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             # Only these: others of Pillow's readers start programs, such as a PostScript printer.
             image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if max(image.size) > _MAX_JPEG_SIDE:
+                raise PictureError(
+                    f"{image.width} x {image.height} pixels: a JPEG holds at most "
+                    f"{_MAX_JPEG_SIDE} on a side; make it smaller"
+                )
             image.load()
             return _upright_rgb(image, exif_orientation(image))
     except (PictureError, MemoryError):
@@ -113,15 +118,7 @@ def shrink(image: Image, shorter: int) -> Image:
 
 
 def encode_jpeg(image: Image, *, quality: int, full_chroma: bool) -> bytes:
-    """Return an RGB picture as baseline JPEG bytes, without EXIF, comment or colour profile.
-
-    Raises:
-        PictureError: if it has more pixels on a side than JPEG can hold.
-    """
-    if max(image.size) > _MAX_JPEG_SIDE:
-        raise PictureError(
-            f"{image.width} x {image.height} pixels: JPEG holds at most {_MAX_JPEG_SIDE} on a side"
-        )
+    """Return an RGB picture as baseline JPEG bytes, without EXIF, comment or colour profile."""
     plain = image.copy()
     plain.info = {}  # Pillow would carry the original's comment over
     buffer = io.BytesIO()

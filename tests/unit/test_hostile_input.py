@@ -362,3 +362,14 @@ def test_hostile_class_files(tmp_path):
     path.unlink()
     os.mkfifo(path)
     refused(words, "is not read: it is a pipe")
+
+
+def test_a_picture_too_long_for_a_jpeg_is_named(tmp_path):
+    folder = tmp_path / "src" / "a"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (70_000, 2)).save(folder / "long.png")
+    Image.new("RGB", (9, 9)).save(folder / "good.png")
+    with pytest.raises(
+        ValueError, match=r"a/long.png: 70000 x 2 pixels: a JPEG holds at most 65500"
+    ):
+        convert_imagefolder(tmp_path / "src", tmp_path / "out", split="train", workers=1)
