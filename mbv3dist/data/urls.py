@@ -16,9 +16,9 @@ _IPV6_HOST = re.compile(r"\[[0-9A-Fa-f:.%]+\]")
 _HIDDEN = "***"
 _PATTERNS = (
     # user:password@ (or a token alone) before a host; an @ behind a slash is part of a path
-    (re.compile(r"://[^/\s@'\"]{1,4000}@"), f"://{_HIDDEN}@"),
-    # the query of a URL: presigned ones carry the signature there
-    (re.compile(r"(://[^\s?'\"<>]{1,4000}\?)[^\s'\"<>)]+"), rf"\1{_HIDDEN}"),
+    (re.compile(r"://[^/\s@]{1,4000}@"), f"://{_HIDDEN}@"),
+    # the query of a URL to the next blank, quotes and all: presigned ones carry the signature there
+    (re.compile(r"(://[^\s?]{1,4000}\?)\S+"), rf"\1{_HIDDEN}"),
     # Authorization: Bearer ..., X-Amz-Signature=..., "secret_access_key": "..."
     (
         re.compile(

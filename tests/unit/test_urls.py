@@ -108,3 +108,17 @@ def test_secrets_of_the_environment_are_taken_out(monkeypatch):
     assert redact(f"bad {SECRET} and a-token-of-any-form") == "bad *** and ***"
     harmless = "http://host:80/data/train/000001.tar: the server answered 503, see user@host"
     assert redact(harmless) == harmless
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "https://h/d?a=x'SECRET",
+        "https://h/d'x?a=SECRET",
+        "https://us'er:SECRET@h/d",
+        'https://h/d?a="b"&c=SECRET)',
+    ],
+)
+def test_quotes_in_a_url_do_not_end_what_is_hidden(url):
+    assert "SECRET" not in redact(f"cannot read {url} today") and redact("a b") == "a b"
+    assert redact(f"cannot read {url} today").endswith(" today")
