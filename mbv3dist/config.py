@@ -59,6 +59,15 @@ class ViewConfig:
     saturation: float = opt(0.0, "largest relative change of saturation; 0 = off", low=0, high=1)
     hue: float = opt(0.0, "largest hue shift in turns, 0 to 0.5; 0 = off", low=0, high=0.5)
     color_probability: float = opt(0.5, "probability of each colour change", low=0, high=1)
+    channel_swap: float = opt(
+        0.0, "probability of permuting the colour channels; 0 = off", low=0, high=1
+    )
+
+    @property
+    def has_color(self) -> bool:
+        """Whether any colour can change."""
+        strengths = (self.brightness, self.contrast, self.saturation, self.hue)
+        return max(*strengths, self.channel_swap) > 0
 
 
 @dataclass(frozen=True)

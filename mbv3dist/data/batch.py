@@ -37,7 +37,8 @@ class Batch:
     view: Tensor
     """float32 [B, 8], source xyxy and canvas xyxy (views.vector_to_source maps boxes back)."""
     color: Tensor
-    """float32 [B, 4], brightness, contrast and saturation factor, hue shift in turns."""
+    """float32 [B, 6], brightness, contrast and saturation factor, hue shift in turns, 1 where
+    contrast comes last, number of the channels' order (see views.draw_color)."""
     label: Tensor | None = None
     """int64 [B], class."""
     boxes: Tensor | None = None

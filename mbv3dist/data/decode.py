@@ -1,10 +1,13 @@
-"""Pixels of a view: decode a picture and draw its view onto a canvas, with Pillow.
+"""Pixels of a view: decode any picture and draw its view onto a canvas.
 
-The contract that a faster decoder takes over: the picture is upright (EXIF applied) and RGB, the
-source rectangle is resized to the destination's size with an antialiased bilinear filter on uint8,
-and the filter may reach beyond the source rectangle where the picture goes on. So Resize followed
-by a crop gives the pixels it gives in torchvision, and only the region around the crop is needed.
-JPEG scaling while decoding (`Image.draft`) is not used: it changes the pixels.
+The picture is upright (EXIF applied) and RGB, the source rectangle is resized to the destination's
+size with an antialiased bilinear filter (resize.py), and the filter may reach beyond the source
+rectangle where the picture goes on. So Resize followed by a crop gives the pixels it gives in
+torchvision, and only the region around the crop is needed. JPEG scaling while decoding
+(`Image.draft`) is not used: it changes the pixels.
+
+`Picture` decodes with Pillow, whatever the file is; pixels.py decodes many plain JPEGs at once to
+the same pixels, only the regions that views show.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from mbv3dist.data.views import View
 # Pillow itself warns from 89 megapixels on and refuses twice that; here the limit is the refusal.
 MAX_PIXELS = 178_956_970
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+_NPY = b"\x93NUMPY"
 DEFAULT_FILL = (124, 116, 104)  # ImageNet's mean colour
 
 _SWAPS_SIDES = (5, 6, 7, 8)  # EXIF orientations that turn the picture by 90 degrees
@@ -38,7 +42,12 @@ def decoder_version() -> tuple[str, str]:
     """Return the decoder's name and its version: what pixels may depend on."""
     from PIL import __version__, features
 
-    return "pillow", f"{__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
+    from mbv3dist.data import nvimgcodec
+
+    others = f"pillow {__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
+    if nvimgcodec.problem():
+        return "pillow", others
+    return "nvimgcodec", f"{nvimgcodec.version()}, {others}"
 
 
 class Picture:
@@ -53,6 +62,11 @@ class Picture:
     """
 
     def __init__(self, data: bytes | memoryview):
+        self._pixels: np.ndarray | None = None
+        if bytes(data[:6]) == _NPY:
+            self._pixels = read_raw(data)
+            self.height, self.width = self._pixels.shape[:2]
+            return
         self._image = _open(data)
         self.width, self.height = self._image.size
         if self.width * self.height > MAX_PIXELS:
@@ -71,6 +85,8 @@ class Picture:
         Raises:
             ValueError: When the picture is damaged or cut off.
         """
+        if self._pixels is not None:
+            return Image.fromarray(self._pixels)
         try:
             self._image.load()
             image = to_rgb(self._image)[0]
@@ -81,24 +97,50 @@ class Picture:
     def draw(
         self, view: View, out: np.ndarray, *, fill: tuple[int, int, int] = DEFAULT_FILL
     ) -> None:
-        """Draw the view onto `out` (uint8 [H, W, 3]); the canvas outside of it becomes `fill`."""
-        image = self.image()
-        x0, y0, x1, y1 = view.dst
-        size = (x1 - x0, y1 - y0)
-        src = view.src
-        left, top = round(src[0]), round(src[1])
-        same = (left, top, left + size[0], top + size[1])
-        if src == same:
-            patch = image if image.size == size else image.crop(same)
-        else:
-            patch = image.resize(size, Image.Resampling.BILINEAR, box=src)
-        if view.flip:
-            patch = patch.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        if size != (out.shape[1], out.shape[0]):
-            # As rows of bytes: numpy copies whole rows 20 times faster than three bytes at a time.
-            row = np.tile(np.array(fill, dtype=np.uint8), out.shape[1])
-            out[...] = row.reshape(out.shape[1], 3)
-        out[y0:y1, x0:x1] = np.asarray(patch)
+        """Draw the view onto `out` (uint8 [H, W, 3]); the canvas outside of it becomes `fill`.
+
+        Raises:
+            ValueError: When the picture is damaged or cut off.
+        """
+        from mbv3dist.data.resize import draw_region  # compiles; only who draws waits for it
+
+        pixels = np.asarray(self.image()) if self._pixels is None else self._pixels
+        canvas = out if out.flags.c_contiguous else np.empty(out.shape, np.uint8)
+        draw_region(
+            np.ascontiguousarray(pixels).reshape(self.height, 3 * self.width),
+            (0, 0),
+            (self.width, self.height),
+            np.array(view.src, np.float64),
+            np.array(view.dst, np.int32),
+            view.flip,
+            np.array(fill, np.uint8),
+            canvas,
+        )
+        if canvas is not out:
+            out[...] = canvas
+
+
+def read_raw(data: bytes | memoryview) -> np.ndarray:
+    """Return the pixels of a raw member, uint8 [H, W, 3]: a .npy file, C order.
+
+    Raises:
+        ValueError: It is something else, or not whole.
+    """
+    file = io.BytesIO(data)
+    try:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("it is not of version 1.0")
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(file)
+    except Exception as error:  # numpy parses the header as Python text
+        raise ValueError(f"raw picture: its header is damaged: {error}") from error
+    if fortran or dtype != np.uint8 or len(shape) != 3 or shape[2] != 3 or 0 in shape:
+        raise ValueError(f"raw picture: it holds {dtype} {shape}, not uint8 [height, width, 3]")
+    if shape[0] * shape[1] > MAX_PIXELS:
+        raise ValueError(f"raw picture: {shape[1]} x {shape[0]} pixels are too many")
+    pixels = np.frombuffer(data, np.uint8, offset=file.tell())
+    if len(pixels) != shape[0] * shape[1] * 3:
+        raise ValueError(f"raw picture: {len(pixels)} bytes of pixels for {shape}")
+    return pixels.reshape(shape)
 
 
 def _open(data: bytes | memoryview) -> Image.Image:

@@ -1,6 +1,8 @@
 """How samples become places of a batch: read, view, decode, in any thread and order.
 
-`Drawing._draw` is the walk of a sample. Everything random in it is keyed by (seed, epoch, sample):
+`Drawing.draw` is the walk of a chunk of samples. Python touches each sample only to read it and to
+parse its target; headers, views and pixels are one compiled call a chunk each, without the GIL, so
+that many threads decode while one trains. Everything random is keyed by (seed, epoch, sample):
 pixels never depend on the number of threads, the prefetch depth, the rank or the world size.
 """
 
@@ -8,22 +10,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from mbv3dist.config import ViewConfig
-from mbv3dist.data import draws
 from mbv3dist.data.batch import Batch
-from mbv3dist.data.decode import Picture
-from mbv3dist.data.draws import Draws
 from mbv3dist.data.idx import DamagedShardError
 from mbv3dist.data.passes import COPY_SHIFT
 from mbv3dist.data.pipeline import Buffer, Pipeline, Work
+from mbv3dist.data.pixels import Pictures
 from mbv3dist.data.plan import StepPlan
 from mbv3dist.data.reader import Reader
 from mbv3dist.data.target import Target, parse_target
-from mbv3dist.data.views import canvas_boxes, draw_color, make_view
+from mbv3dist.data.view_kernels import ViewMaker, Views
 
 
 class ErrorBudget:
@@ -69,6 +70,7 @@ class Drawing:
         reader: Reader,
         *,
         view: ViewConfig,
+        size: int,
         seed: int,
         drop_boxes: bool,
         first_epoch: int = 0,
@@ -79,6 +81,7 @@ class Drawing:
         Args:
             reader: Where bytes come from.
             view: How pictures are placed.
+            size: Side of the canvas in pixels.
             seed: Of views and colours.
             drop_boxes: Whether boxes that leave the canvas are dropped (training).
             first_epoch: The epoch in which samples are read for the first time.
@@ -87,10 +90,12 @@ class Drawing:
         self.reader = reader
         self.split = reader.split
         self.view = view
-        self.seed = seed
+        self.size = size
         self.drop_boxes = drop_boxes
         self.first_epoch = first_epoch
         self.budget = budget or ErrorBudget()
+        self.num_classes = len(self.split.classes)
+        self._maker = ViewMaker(view, size=size, seed=seed)
         self._parts: dict[int, _Parts] = {}
 
     def start(
@@ -109,57 +114,125 @@ class Drawing:
         """Make room for what the threads find out."""
         self._parts[work.number] = _Parts(work.request, work.buffer.image.numpy())
 
-    def draw(self, work: Work, place: int) -> None:
-        """Draw one sample into its place; a damaged one, if the budget allows, as nothing."""
-        index = int(work.request.index[place])
-        parts = self._parts[work.number]
-        try:
-            self._draw(work, place, index, parts)
-        except DamagedShardError as error:
-            self.budget.add(index, error)
-            parts.canvas[place] = self.view.fill
-            parts.weight[place] = 0
-            parts.label[place] = 0
-            parts.objects[place] = None
+    def draw(self, work: Work, places: range) -> dict[int, BaseException]:
+        """Draw samples into their places; a damaged one, if the budget allows, as nothing.
 
-    def _draw(self, work: Work, place: int, index: int, parts: _Parts) -> None:
-        """Read, view and decode one sample into its place."""
-        epoch = int(work.request.epoch[place])
-        data, target_data = self.reader.read(index, first=epoch == self.first_epoch)
-        try:
-            num_classes = len(self.split.classes)
-            target = parse_target(target_data, self.split.task, num_classes=num_classes)
-            picture = Picture(data)
-            _check_size(target, picture)
-        except ValueError as error:
-            raise self.reader.damage(index, str(error)) from error
+        Returns:
+            What went wrong, by place.
+        """
+        parts = self._parts[work.number]
+        errors: dict[int, BaseException] = {}
+        damaged: dict[int, DamagedShardError] = {}
+        samples = self._read(work.request, places, errors, damaged)
+        pictures = self._open(samples, damaged)
+        if samples:
+            # What the maker of views refuses is the recipe, not a sample.
+            views, starts = self._make_views(work.request, samples, pictures.sizes)
+            at = np.array([sample.place for sample in samples])
+            pictures.draw(
+                views.src,
+                views.dst,
+                views.flip,
+                canvases=parts.canvas,
+                places=at,
+                fill=self.view.fill,
+            )
+            for n, error in pictures.errors.items():
+                damaged[samples[n].place] = self._damage(samples[n], error)
+            parts.size[at] = pictures.sizes[:, ::-1]
+            parts.view[at] = views.vectors()
+            parts.color[at] = views.color
+            self._put_targets(samples, views, starts, parts)
+        for place, error in damaged.items():
+            try:
+                self.budget.add(int(work.request.index[place]), error)
+            except DamagedShardError as refused:
+                errors[place] = refused
+            parts.blank(place, self.view.fill)
+        return errors
+
+    def _read(
+        self,
+        request: StepPlan,
+        places: range,
+        errors: dict[int, BaseException],
+        damaged: dict[int, DamagedShardError],
+    ) -> list[_Sample]:
+        """Return the samples that can be read and whose targets make sense."""
+        samples = []
+        for place in places:
+            index = int(request.index[place])
+            try:
+                first = int(request.epoch[place]) == self.first_epoch
+                data, target_data = self.reader.read(index, first=first)
+                try:
+                    target = parse_target(
+                        target_data, self.split.task, num_classes=self.num_classes
+                    )
+                except ValueError as error:
+                    raise self.reader.damage(index, str(error)) from error
+                samples.append(_Sample(place, index, data, target))
+            except DamagedShardError as error:
+                damaged[place] = error
+            except BaseException as error:
+                errors[place] = error
+        return samples
+
+    def _open(self, samples: list[_Sample], damaged: dict[int, DamagedShardError]) -> Pictures:
+        """Open the pictures; samples whose picture is damaged, or is another, leave the list."""
+        pictures = Pictures([sample.data for sample in samples])
+        problems = pictures.errors | {
+            n: _size_error(sample.target, *pictures.sizes[n].tolist())
+            for n, sample in enumerate(samples)
+            if n not in pictures.errors
+            and sample.target.width
+            and (sample.target.width, sample.target.height) != tuple(pictures.sizes[n].tolist())
+        }
+        if not problems:
+            return pictures
+        for n in sorted(problems, reverse=True):
+            sample = samples.pop(n)
+            damaged[sample.place] = self._damage(sample, problems[n])
+        return Pictures([sample.data for sample in samples])
+
+    def _damage(self, sample: _Sample, problem: ValueError) -> DamagedShardError:
+        error = self.reader.damage(sample.index, str(problem))
+        error.__cause__ = problem
+        return error
+
+    def _make_views(
+        self, request: StepPlan, samples: list[_Sample], sizes: np.ndarray
+    ) -> tuple[Views, np.ndarray]:
+        """Draw the samples' views; also returns where each one's boxes start, int64 [n + 1]."""
+        at = np.array([sample.place for sample in samples])
+        starts = np.zeros(len(samples) + 1, np.int64)
+        np.cumsum([len(sample.target.boxes) for sample in samples], out=starts[1:])
+        boxes = [sample.target.boxes for sample in samples]
         # A sample that comes twice in an epoch is drawn in two ways.
-        drawn = index + (int(work.request.copy[place]) << COPY_SHIFT)
-        # Outside of the try blocks: what make_view refuses is the recipe, not the sample.
-        view, keep = make_view(
-            self.view,
-            width=picture.width,
-            height=picture.height,
-            size=parts.canvas.shape[1],
-            boxes=target.boxes,
-            draws=Draws(self.seed, epoch=epoch, sample=drawn),
-        )
-        try:
-            picture.draw(view, parts.canvas[place], fill=self.view.fill)
-        except ValueError as error:
-            raise self.reader.damage(index, str(error)) from error
-        parts.size[place] = picture.height, picture.width
-        parts.view[place] = view.vector()
-        colors = Draws(self.seed, epoch=epoch, sample=drawn, purpose=draws.COLOR)
-        parts.color[place] = draw_color(self.view, colors)
-        parts.label[place] = target.label
-        if not self.drop_boxes:
-            boxes = view.to_canvas(target.boxes)
-            parts.objects[place] = (boxes, target.labels, target.difficult)
-            parts.targets[place] = target
-        elif len(target.boxes):
-            boxes = canvas_boxes(view, target.boxes[keep], size=parts.canvas.shape[1])
-            parts.objects[place] = (boxes, target.labels[keep], target.difficult[keep])
+        drawn = request.index[at] + (request.copy[at] << COPY_SHIFT)
+        views = self._maker.make(request.epoch[at], drawn, sizes, np.concatenate(boxes), starts)
+        return views, starts
+
+    def _put_targets(
+        self, samples: list[_Sample], views: Views, starts: np.ndarray, parts: _Parts
+    ) -> None:
+        """Write what is known about each picture, with its boxes on the canvas."""
+        if self.drop_boxes:
+            np.clip(views.boxes, 0.0, float(self.size), out=views.boxes)
+        for n, sample in enumerate(samples):
+            target, place = sample.target, sample.place
+            parts.label[place] = target.label
+            own = slice(starts[n], starts[n + 1])
+            if not self.drop_boxes:
+                parts.objects[place] = (views.boxes[own], target.labels, target.difficult)
+                parts.targets[place] = target
+            elif len(target.boxes):
+                keep = views.keep[own]
+                parts.objects[place] = (
+                    views.boxes[own][keep],
+                    target.labels[keep],
+                    target.difficult[keep],
+                )
 
     def finish(self, work: Work) -> Batch:
         """Return the batch of a work whose places are all drawn."""
@@ -186,6 +259,16 @@ class Drawing:
         return batch
 
 
+@dataclass
+class _Sample:
+    """A sample that was read: its place in the batch, and what it is."""
+
+    place: int
+    index: int
+    data: memoryview
+    target: Target
+
+
 class _Parts:
     """What the threads write, each at its samples' places."""
 
@@ -194,11 +277,19 @@ class _Parts:
         self.canvas = canvas  # uint8 [capacity, H, W, 3]
         self.size = np.zeros((count, 2), dtype=np.int32)
         self.view = np.zeros((count, 8), dtype=np.float32)
-        self.color = np.zeros((count, 4), dtype=np.float32)
+        self.color = np.zeros((count, 6), dtype=np.float32)
         self.label = np.zeros(count, dtype=np.int64)
         self.weight = request.weight.copy()
         self.objects: list[tuple[np.ndarray, np.ndarray, np.ndarray] | None] = [None] * count
         self.targets: dict[int, Target] = {}
+
+    def blank(self, place: int, fill: tuple[int, int, int]) -> None:
+        """Make a place that of a sample which is not there."""
+        self.canvas[place] = fill
+        self.weight[place] = 0
+        self.label[place] = 0
+        self.objects[place] = None
+        self.targets.pop(place, None)
 
 
 def _pad_objects(
@@ -216,10 +307,9 @@ def _pad_objects(
     return boxes, labels, difficult
 
 
-def _check_size(target: Target, picture: Picture) -> None:
-    """Refuse boxes that were made for a picture of another size."""
-    if target.width and (target.width, target.height) != (picture.width, picture.height):
-        raise ValueError(
-            f"the picture has {picture.width} x {picture.height} pixels, its .json member says "
-            f"{target.width} x {target.height}"
-        )
+def _size_error(target: Target, width: int, height: int) -> ValueError:
+    """Boxes that were made for a picture of another size."""
+    return ValueError(
+        f"the picture has {width} x {height} pixels, its .json member says "
+        f"{target.width} x {target.height}"
+    )

@@ -20,7 +20,7 @@ VIEW = 4
 COLOR = 5
 
 MAX_SEED = 2**64 - 1
-_FLOATS_PER_REFILL = 16
+FLOATS_PER_REFILL = 16
 _thread = threading.local()
 _EMPTY_BUFFER = np.zeros(4, dtype=np.uint64)
 
@@ -135,7 +135,7 @@ class Draws:
         """Return a double in [low, high)."""
         if not self._floats:
             # Reversed, because a list gives its last element away fastest.
-            self._floats = self.uniforms(_FLOATS_PER_REFILL).tolist()[::-1]
+            self._floats = self.uniforms(FLOATS_PER_REFILL).tolist()[::-1]
         return low + (high - low) * self._floats.pop()
 
     def integer(self, count: int) -> int:

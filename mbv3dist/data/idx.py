@@ -14,10 +14,13 @@ import numpy as np
 from mbv3dist.data.files import UnusableFileError, read_bounded
 
 MAX_IDX_BYTES = 256 << 20  # some three million samples; shards have thousands
+PICTURE_EXTENSIONS = {"jpeg": "jpg", "raw": "npy"}
+RAW_PREFIX = b"\x93NUMPY"  # how a raw picture member begins
 TARGET_EXTENSIONS = {"detection": "json", "classification": "cls"}
 KEY_DIGITS = 9
 INDEX_VERSION = "v1.2"
 _FIELDS = 8  # of a line
+_PICTURES = (b"jpg", b"npy")
 _TARGETS = (b"cls", b"json", b"")  # "" where there is no sample
 
 
@@ -34,7 +37,7 @@ class ShardIndex:
         image_size: int64 [num_samples].
         target_offset: int64 [num_samples], first byte of the target's data.
         target_size: int64 [num_samples].
-        image_ext: ``jpg``.
+        image_ext: ``jpg``, or ``npy`` for raw pixels.
         target_ext: ``cls`` or ``json``.
         first_key: Key of the first sample as a number; the others follow it without gaps.
     """
@@ -101,8 +104,8 @@ def _build(fields: list[bytes], count: int, path: Path) -> ShardIndex:
         if found.count(expected) != count:
             line = next(n for n, extension in enumerate(found) if extension != expected) + 2
             raise _bad(path, f"line {line} does not list two members")
-    if image_ext[0] != b"jpg" or target_ext[0] not in _TARGETS:
-        raise _bad(path, "it lists other members than .jpg and .cls or .json")
+    if image_ext[0] not in _PICTURES or target_ext[0] not in _TARGETS:
+        raise _bad(path, "it lists other members than .jpg or .npy and .cls or .json")
     # One number of a million digits would make a column of millions.
     if (
         max((len(word) for column in (1, 2, 5, 6) for word in fields[column::_FIELDS]), default=0)

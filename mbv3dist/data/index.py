@@ -22,7 +22,7 @@ import numpy as np
 
 from mbv3dist.data import remote
 from mbv3dist.data.files import UnusableFileError, read_bounded
-from mbv3dist.data.idx import TARGET_EXTENSIONS, format_key
+from mbv3dist.data.idx import PICTURE_EXTENSIONS, RAW_PREFIX, TARGET_EXTENSIONS, format_key
 from mbv3dist.data.manifest import (
     Table,
     manifest_path,
@@ -109,6 +109,7 @@ class Split:
         shards: The tars, in pack order.
         num_boxes: Boxes in the split (0 for classification).
         remote: URL of the data set, or None for a local one.
+        format: What picture members are: ``jpeg``, or ``raw`` pixels.
     """
 
     root: Path
@@ -118,6 +119,7 @@ class Split:
     shards: ShardTable
     num_boxes: int
     remote: str | None = None
+    format: str = "jpeg"
 
     def __len__(self) -> int:
         return int(self._start_view[-1])
@@ -212,14 +214,16 @@ class Split:
     def sample(self, index: int) -> dict[str, Any]:
         """Return ``{"jpg": bytes, "cls": int}`` or ``{"jpg": bytes, "json": {...}}``.
 
-        For notebooks; training reads through ``Reader``.
+        Raw pixels are under ``npy`` instead. For notebooks; training reads through ``Reader``.
         """
         from mbv3dist.data.reader import Reader
 
         with Reader(self, verify="always") as reader:
             picture, target = reader.read(index)
             value = json.loads(bytes(target))
-            return {"jpg": bytes(picture), TARGET_EXTENSIONS[self.task]: value}
+            # By its bytes: a split that is joined of several may hold both kinds.
+            kind = "raw" if picture[: len(RAW_PREFIX)] == RAW_PREFIX else "jpeg"
+            return {PICTURE_EXTENSIONS[kind]: bytes(picture), TARGET_EXTENSIONS[self.task]: value}
 
     @cached_property
     def _start_view(self) -> memoryview:
@@ -370,10 +374,14 @@ def _build_split(root: Path, name: str, path: Path, url: str | None) -> Split:
     boxes = description["boxes"]
     if not isinstance(boxes, int) or boxes < 0:
         raise ValueError(f"boxes is {shown(boxes)}, not a count")
+    form = description.get("format", "jpeg")
+    if form not in PICTURE_EXTENSIONS:
+        raise ValueError(f"format is {shown(form)}, not one of {', '.join(PICTURE_EXTENSIONS)}")
     classes = description["classes"]
     if not isinstance(classes, list) or not all(isinstance(item, str) for item in classes):
         raise ValueError("classes is no list of names")
     for label in classes:
         if not label or len(label) > _MAX_CLASS_NAME or has_control(label):
             raise ValueError(f"class {shown(label)} is empty, too long or holds control characters")
-    return Split(root, name, task, tuple(classes), ShardTable(root, name, table), boxes, url)
+    shards = ShardTable(root, name, table)
+    return Split(root, name, task, tuple(classes), shards, boxes, url, form)

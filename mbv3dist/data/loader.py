@@ -129,6 +129,7 @@ class Loader:
             drawing = Drawing(
                 reader,
                 view=self._view,
+                size=self._size,
                 seed=self._seed,
                 drop_boxes=True,
                 first_epoch=self.plan.epoch_of(self._start_step * self.plan.global_batch_size),
@@ -247,7 +248,7 @@ def eval_batches(
         ahead=prefetch + 1,
     )
     with Reader(split, verify=verify, store=store) as reader:
-        drawing = Drawing(reader, view=view, seed=0, drop_boxes=False)
+        drawing = Drawing(reader, view=view, size=size, seed=0, drop_boxes=False)
         capacity = min(batch_size, max(len(mine), 1))
         buffers = _make_buffers(prefetch + 1, capacity, size, pin_memory=pin_memory)
         pipeline = drawing.start(enumerate(requests), buffers, num_threads)

@@ -52,7 +52,8 @@ class Pipeline:
 
     Args:
         requests: (number, what to read), in order; evaluated in the planner thread.
-        draw: Called with (work, place) in any thread and order: fills one place of the batch.
+        draw: Called with (work, places) in any thread and order: fills those places of the batch
+            and returns what went wrong, by place.
         prepare: Called with each new work before its first place is drawn (planner thread).
         buffers: The ring.
         num_threads: Worker threads.
@@ -63,7 +64,7 @@ class Pipeline:
         requests: Iterator[tuple[int, StepPlan]],
         *,
         prepare: Callable[[Work], None],
-        draw: Callable[[Work, int], None],
+        draw: Callable[[Work, range], dict[int, BaseException]],
         buffers: list[Buffer],
         num_threads: int,
     ):
@@ -113,7 +114,7 @@ class Pipeline:
         self._free.put(work.buffer)
 
     def close(self) -> None:
-        """Stop and join the threads; each finishes at most the sample it is at."""
+        """Stop and join the threads; each finishes at most the chunk it is at."""
         self._closed.set()
         self._free.put(None)
         # The planner first: with its last task in the queue before the workers' end marks, every
@@ -147,16 +148,16 @@ class Pipeline:
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
             work, start, stop = task
-            for place in range(start, stop):
-                if self._closed.is_set():
-                    break
+            errors: dict[int, BaseException] = {}
+            if not self._closed.is_set():
                 try:
-                    self._draw(work, place)
+                    errors = self._draw(work, range(start, stop))
                 except BaseException as error:
-                    error.add_note(f"while drawing sample {int(work.request.index[place])}")
-                    with self._lock:
-                        work.errors[place] = error
+                    errors = {start: error}
+            for place, wrong in errors.items():
+                wrong.add_note(f"while drawing sample {int(work.request.index[place])}")
             with self._lock:
+                work.errors.update(errors)
                 work.pending -= 1
                 if work.pending == 0:
                     work.done.set()

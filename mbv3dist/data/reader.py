@@ -119,7 +119,7 @@ class LocalShard:
         """Nothing yet: a thread may be reading; the last reference closes the file."""
 
     def __del__(self) -> None:
-        if hasattr(self, "_file"):
+        if hasattr(self, "_file") and os is not None:  # at exit, modules go first
             os.close(self._file)
 
 
@@ -273,7 +273,8 @@ class Reader:
             else:
                 self._open.move_to_end(number)
             # Those of a cache go when the plan says so; here the oldest go.
-            over = list(self._open)[: max(len(self._open) - self._max_open, 0)]
+            excess = len(self._open) - self._max_open
+            over = list(self._open)[:excess] if excess > 0 else []
         for other in over:
             self._drop(other)
         if slot.shard is None:
@@ -354,7 +355,7 @@ def _index_problem(split: Split, number: int, index: ShardIndex) -> str:
     shard = split.shards[number]
     if len(index) != shard.num_samples:
         return f"lists {len(index)} samples instead of {shard.num_samples}"
-    if index.image_ext != "jpg" or index.target_ext != TARGET_EXTENSIONS[split.task]:
+    if index.image_ext not in ("jpg", "npy") or index.target_ext != TARGET_EXTENSIONS[split.task]:
         return f"lists .{index.image_ext} and .{index.target_ext} members"
     if len(index) and index.first_key != shard.first_key:
         return (

@@ -11,6 +11,11 @@ import numpy as np
 from mbv3dist.data.idx import TARGET_EXTENSIONS
 
 _MAX_SIDE = 2**31  # pixels
+_NO_BOXES, _NO_LABELS, _NO_FLAGS = (
+    np.zeros((0, 4), np.float32),
+    np.zeros(0, np.int64),
+    np.zeros(0, np.bool_),
+)
 
 
 @dataclass(frozen=True)
@@ -70,9 +75,9 @@ def _parse_class(data: bytes | memoryview) -> Target:
         raise ValueError(f"its .cls member is {text[:20]!r}, not a class number")
     return Target(
         label=int(text),
-        boxes=np.zeros((0, 4), np.float32),
-        labels=np.zeros(0, np.int64),
-        difficult=np.zeros(0, np.bool_),
+        boxes=_NO_BOXES,
+        labels=_NO_LABELS,
+        difficult=_NO_FLAGS,
         width=0,
         height=0,
     )

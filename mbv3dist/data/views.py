@@ -25,6 +25,7 @@ CROP_TRIES = 10  # torchvision's RandomResizedCrop
 IOU_CROP_TRIALS = 40  # torchvision's RandomIoUCrop
 IOU_CROP_RATIO = 2.0  # a crop's width and height differ by this factor at most
 IOU_CROP_ROUNDS = 50  # after this many options without a crop, the picture stays whole
+NO_COLOR = (1.0, 1.0, 1.0, 0.0, 0.0, 0.0)
 MIN_BOX_SIDE = 1.0  # canvas pixels; a thinner box is no object any more
 
 Span = tuple[float, float]
@@ -288,7 +289,7 @@ def make_view(
     if config.name == "resize":
         view = resize_view(width=width, height=height, size=size)
     elif config.name == "center_crop":
-        resize = _resize_side(config, size)
+        resize = resize_side(config, size)
         view = center_crop_view(width=width, height=height, size=size, resize=resize)
     elif config.name == "random_crop":
         view = random_crop_padding_view(
@@ -296,7 +297,7 @@ def make_view(
             width=width,
             height=height,
             size=size,
-            resize=_resize_side(config, size),
+            resize=resize_side(config, size),
             padding=config.padding,
         )
     elif config.name == "random_resized_crop":
@@ -324,23 +325,27 @@ def canvas_boxes(view: View, boxes: np.ndarray, *, size: int) -> np.ndarray:
     return np.clip(moved, 0.0, float(size), out=moved)
 
 
-def draw_color(config: ViewConfig, draws: Draws) -> tuple[float, float, float, float]:
-    """Draw brightness, contrast and saturation factors and a hue shift in turns.
+def draw_color(config: ViewConfig, draws: Draws) -> tuple[float, ...]:
+    """Draw one sample's colour changes, as torchvision's RandomPhotometricDistort does.
 
-    Each is drawn with `color_probability`, a factor from [1 - strength, 1 + strength] (never
-    below 0), the shift from [-hue, hue]; otherwise it is 1, 1, 1, 0: no change.
+    Brightness, contrast and saturation factors and a hue shift in turns, each drawn with
+    `color_probability`, a factor from [1 - strength, 1 + strength] (never below 0), the shift from
+    [-hue, hue]; otherwise 1, 1, 1, 0: no change. Then 1 where contrast comes last, else 0, for
+    every second sample; and the number of the channels' order, 0 (unchanged) to 5.
     """
     strengths = (config.brightness, config.contrast, config.saturation, config.hue)
-    if not any(strengths):
-        return 1.0, 1.0, 1.0, 0.0
+    if not any(strengths) and not config.channel_swap:
+        return NO_COLOR
     # Every number is drawn, used or not, so that one strength never changes another's draw.
-    numbers = draws.uniforms(8).tolist()
+    numbers = draws.uniforms(11).tolist()
     changes = [
         (2.0 * number - 1.0) * strength if chance < config.color_probability else 0.0
-        for chance, number, strength in zip(numbers[:4], numbers[4:], strengths, strict=True)
+        for chance, number, strength in zip(numbers[:4], numbers[4:8], strengths, strict=True)
     ]
     brightness, contrast, saturation = (max(0.0, 1.0 + change) for change in changes[:3])
-    return brightness, contrast, saturation, changes[3]
+    is_late = float(numbers[8] < 0.5)
+    order = float(int(numbers[10] * 6)) if numbers[9] < config.channel_swap else 0.0
+    return brightness, contrast, saturation, changes[3], is_late, order
 
 
 def _visible(view: View, boxes: np.ndarray, size: int) -> np.ndarray:
@@ -356,7 +361,7 @@ def _visible(view: View, boxes: np.ndarray, size: int) -> np.ndarray:
     return both
 
 
-def _resize_side(config: ViewConfig, size: int) -> int:
+def resize_side(config: ViewConfig, size: int) -> int:
     """Shorter side before a crop: as set, or ImageNet's customary 256 for 224."""
     return config.resize or round(size * 256 / 224)
 

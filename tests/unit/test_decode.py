@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from mbv3dist.convert.pictures import load_picture
 from mbv3dist.data.decode import MAX_PIXELS, Picture
 from mbv3dist.data.views import View, resize_view
+from tests.resized import resized
 
 
 def encoded(image, kind="JPEG", **options):
@@ -42,7 +43,7 @@ def test_pixels_are_those_of_pillow(image):
     for box in ((0, 0, 160, 120), (10.5, 3.25, 90.75, 100.5), (40, 20, 60, 50)):
         out = np.empty((64, 48, 3), np.uint8)
         Picture(memoryview(data)).draw(View(box, (0, 0, 48, 64)), out)
-        expected = reference.resize((48, 64), Image.Resampling.BILINEAR, box=box)
+        expected = resized(reference, (48, 64), box)
         assert (out == np.asarray(expected)).all()
 
 

@@ -14,14 +14,15 @@ from PIL import Image
 from mbv3dist.config import ViewConfig
 from mbv3dist.convert.imagefolder import convert_imagefolder
 from mbv3dist.convert.voc import convert_voc
-from mbv3dist.data import drawing as drawing_module
 from mbv3dist.data.decode import Picture
+from mbv3dist.data.drawing import Drawing
 from mbv3dist.data.idx import DamagedShardError
 from mbv3dist.data.index import open_split
 from mbv3dist.data.loader import Loader, eval_batches
 from mbv3dist.data.plan import Plan
 from mbv3dist.data.reader import Reader
 from mbv3dist.data.views import vector_to_source
+from tests.resized import resized
 
 SSD = ViewConfig(name="ssd", brightness=0.2, hue=0.1)
 CROP = ViewConfig(name="random_resized_crop")
@@ -120,12 +121,12 @@ def test_classification_batches(folder):
             assert batch.image.dtype == torch.uint8
             assert batch.image.is_contiguous(memory_format=torch.channels_last)
             assert (batch.label.dtype, batch.size.dtype) == (torch.int64, torch.int32)
-            assert (batch.color == torch.tensor([1.0, 1, 1, 0])).all()
+            assert (batch.color == torch.tensor([1.0, 1, 1, 0, 0, 0])).all()
             assert batch.boxes is None
             for place, index in enumerate(batch.index.tolist()):
                 data = reader.read(index)[0]
                 whole = Image.open(io.BytesIO(data))
-                expected = np.asarray(whole.resize((32, 32), Image.Resampling.BILINEAR))
+                expected = np.asarray(resized(whole, (32, 32)))
                 if batch.view[place, 4] > batch.view[place, 6]:
                     expected = expected[:, ::-1]
                 assert (batch.image[place].permute(1, 2, 0).numpy() == expected).all()
@@ -242,10 +243,8 @@ def test_no_threads_are_left_over_epochs(folder):
 
 def test_a_loader_closed_by_another_thread_ends(voc, monkeypatch):
     slow = threading.Event()
-    original = drawing_module.make_view
-    monkeypatch.setattr(
-        drawing_module, "make_view", lambda *a, **k: (slow.wait(0.2), original(*a, **k))[1]
-    )
+    original = Drawing.draw
+    monkeypatch.setattr(Drawing, "draw", lambda *a: (slow.wait(0.2), original(*a))[1])
     loader = make_loader(voc, view=SSD, plan=make_plan(voc, batch=24))
     got = []
     consumer = threading.Thread(target=lambda: got.extend(loader))

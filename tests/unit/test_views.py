@@ -304,13 +304,19 @@ def test_boxes_too_thin_on_the_canvas_are_dropped():
 
 
 def test_colors_are_in_range_and_off_by_default():
-    assert draw_color(ViewConfig(), draws()) == (1, 1, 1, 0)
+    assert draw_color(ViewConfig(), draws()) == (1, 1, 1, 0, 0, 0)
     config = ViewConfig(brightness=0.2, contrast=0.5, saturation=1.5, hue=0.1)
     colors = np.array([draw_color(config, draws(n, purpose=COLOR)) for n in range(600)])
     assert (colors[:, :3] >= [0.8, 0.5, 0.0]).all()
     assert (colors[:, :3] <= [1.2, 1.5, 2.5]).all()
     assert np.abs(colors[:, 3]).max() <= 0.1
-    assert (colors != [1, 1, 1, 0]).mean(0) == pytest.approx(0.5, abs=0.08)
+    assert (colors[:, :4] != [1, 1, 1, 0]).mean(0) == pytest.approx(0.5, abs=0.08)
+    assert colors[:, 4].mean() == pytest.approx(0.5, abs=0.08)
+    assert (colors[:, 5] == 0).all()
+    swapped = dataclasses.replace(config, channel_swap=0.5)
+    orders = [draw_color(swapped, draws(n, purpose=COLOR))[5] for n in range(600)]
+    assert set(orders) == set(range(6))
+    assert np.mean(np.array(orders) != 0) == pytest.approx(0.5 * 5 / 6, abs=0.08)
     # One strength does not change what the others draw.
     without = dataclasses.replace(config, hue=0.0)
     assert draw_color(without, draws(5))[:3] == draw_color(config, draws(5))[:3]
