@@ -22,6 +22,7 @@ _EXPORTS = {
     "evaluate": "mbv3dist.evaluation.run",
     "load_config": "mbv3dist.recipe",
     "train": "mbv3dist.training.run",
+    "doctor": "mbv3dist.tools.doctor",
 }
 
 __all__ = ["__version__", *_EXPORTS]

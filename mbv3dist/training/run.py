@@ -19,9 +19,10 @@ from mbv3dist.config import TrainConfig
 from mbv3dist.data.loader import Loader
 from mbv3dist.evaluation.run import evaluate
 from mbv3dist.models.directory import save_model
+from mbv3dist.ops.color import normalize_images
 from mbv3dist.training.checkpoint import save_checkpoint
-from mbv3dist.training.color import adjust_color
 from mbv3dist.training.damage import DamageLedger
+from mbv3dist.training.meter import Meter
 from mbv3dist.training.optim import lr_factor, set_lr, train_mode
 from mbv3dist.training.processes import (
     AgreedError,
@@ -35,7 +36,7 @@ from mbv3dist.training.processes import (
 )
 from mbv3dist.training.report import write_report
 from mbv3dist.training.setup import Run, identity, prepare
-from mbv3dist.training.tracking import Meter, Tracker, format_numbers
+from mbv3dist.training.tracking import Tracker, format_numbers
 
 _CALM = "lower --optim.lr, add --optim.warmup_epochs or --optim.clip_grad_norm"
 
@@ -81,12 +82,8 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     device = accelerator.device
     rank = accelerator.process_index
     world_size, accumulation = accelerator.num_processes, config.optim.accumulation_steps
-    mean, std = (
-        torch.tensor(v, device=device).view(1, 3, 1, 1)
-        for v in (run.spec.preprocess.mean, run.spec.preprocess.std)
-    )
+    mean, std = run.spec.preprocess.mean, run.spec.preprocess.std
     view = config.data.view
-    has_color = max(view.brightness, view.contrast, view.saturation, view.hue) > 0
     meter = Meter(device)
     val: dict[str, Any] | None = None
     step, stopped = run.start_step, False
@@ -117,8 +114,10 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
         tracker.say(_banner(run))
         ledger = DamageLedger(loader.budget, run.train_split, config.run_dir, group=stop.group)
         train_mode(run.step_model, freeze_bn=config.model.freeze_bn)
+        meter.ask()
         for step, batch in loader:
             batch = batch.to(device)
+            meter.begin()
             # Dropout depends on (seed, step, rank) alone: no generator state to save.
             torch.manual_seed(step_seed(config.seed, step, rank))
             progress = plan.epochs_done(step)
@@ -134,10 +133,13 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
             scale = world_size / normalizer.clamp(min=1)  # DDP averages over ranks
 
             for i, micro in enumerate(micro_batches):
-                images = micro.image.float().div_(255)
-                if has_color:
-                    images = adjust_color(images, micro.color, with_hue=view.hue > 0)
-                images = (images - mean) / std
+                images = normalize_images(
+                    micro.image,
+                    mean=mean,
+                    std=std,
+                    color=micro.color if view.has_color else None,
+                    with_hue=view.hue > 0,
+                )
                 is_last = i == accumulation - 1
                 with contextlib.nullcontext() if is_last else accelerator.no_sync(run.step_model):
                     losses = task.losses(run.step_model(images), micro, targets[i])
@@ -151,7 +153,7 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
                 run.ema.update(run.model, step=step)  # type: ignore[operator]
 
             step += 1  # steps done
-            meter.step(batch.image.shape[0] * world_size, loader.wait_s)
+            meter.step(batch.image.shape[0] * world_size)
             epoch = plan.epochs_done(step)
             is_end = step == plan.num_steps
             is_eval = run.val_split is not None and _is_eval_step(run, step)
@@ -181,6 +183,7 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
                 on_main_process(partial(_save_checkpoint, run, step, loader))
             if stopped or is_end:
                 break
+            meter.ask()
         if stopped:
             tracker.say(f"stopped on request after step {step}; --resume auto goes on from there")
         else:

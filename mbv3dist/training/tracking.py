@@ -6,6 +6,7 @@ that every step stands in it once.
 
 import json
 import os
+import shlex
 import sys
 import time
 import uuid
@@ -14,18 +15,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
 from mbv3dist.config import TrainConfig
 from mbv3dist.recipe import config_to_dict
-from mbv3dist.training.processes import is_distributed, on_main_process
+from mbv3dist.training.processes import on_main_process
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _PLAIN_LINE_SECONDS = 10.0  # between progress lines when the output is no terminal
+_MUCH_WAIT = 0.10  # of the time; above, the run says once how to find out what bounds it
 
 
 class Tracker:
@@ -48,6 +46,9 @@ class Tracker:
         self._accelerator = accelerator
         self._is_main = accelerator.is_main_process
         self._wandb = config.tracking.wandb
+        self._recipe = str(config.run_dir / "config.yaml")
+        self._num_train_records = 0
+        self._has_hinted = False
         self._num_steps = num_steps
         self._last_line = 0.0
         self._path = config.run_dir / "metrics.jsonl"
@@ -107,47 +108,18 @@ class Tracker:
             if self._progress is None and is_due:
                 self._last_line = now
                 self.say(f"step {step}/{self._num_steps}  epoch {values['epoch']:.2f}  {text}")
+            self._hint(values["device_wait_max"])
 
-
-class Meter:
-    """Sums of losses on the device, read only when a record is written."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._sums: dict[str, Tensor] = {}
-        self.restart_clock()
-        self._steps = 0
-
-    def restart_clock(self) -> None:
-        """Leaves out what happened so far (a validation, say) from the rates."""
-        self._start, self._wait_s, self._images = time.perf_counter(), 0.0, 0
-
-    def add(self, losses: dict[str, Tensor], normalizer: Tensor) -> None:
-        """Adds the loss sums of a micro-batch; `normalizer` is the step's, over all ranks."""
-        for name, value in losses.items():
-            part = value.detach() / normalizer.clamp(min=1)
-            self._sums[name] = self._sums.get(name, 0) + part
-
-    def step(self, num_images: int, wait_s: float) -> None:
-        """Counts a step: its images over all ranks, and the wait for data."""
-        self._steps += 1
-        self._images += num_images
-        self._wait_s += wait_s
-
-    def read(self) -> dict[str, float]:
-        """Means since the last reading, over all ranks. Waits for the device."""
-        names = list(self._sums)
-        stacked = torch.stack([self._sums[name].double() for name in names])
-        if is_distributed():
-            dist.all_reduce(stacked)
-        means = (stacked / self._steps).tolist()
-        elapsed = time.perf_counter() - self._start
-        values = {"loss": sum(means), **dict(zip(names, means, strict=True))}
-        values["images_per_s"] = round(self._images / elapsed, 2)
-        values["data_wait"] = round(self._wait_s / elapsed, 4)
-        self._sums, self._steps = {}, 0
-        self.restart_clock()
-        return values
+    def _hint(self, device_wait: float) -> None:
+        """Says, once in a run, what to do about a device that waits for data."""
+        self._num_train_records += 1
+        # The first record holds the start of the loader's threads, which is no measure of the run.
+        if self._num_train_records > 1 and device_wait > _MUCH_WAIT and not self._has_hinted:
+            self._has_hinted = True
+            self.say(
+                f"hint: the device waited {100 * device_wait:.0f} % of the time for data: run "
+                f"`mbv3dist doctor --recipe {shlex.quote(self._recipe)}` for what bounds it"
+            )
 
 
 def format_numbers(values: dict[str, Any]) -> str:
@@ -156,8 +128,28 @@ def format_numbers(values: dict[str, Any]) -> str:
     parts = [f"{name} {values[name]:.4g}" for name in shown if values.get(name) is not None]
     if "images_per_s" in values:
         parts.append(f"{values['images_per_s']:.0f} img/s")
-        parts.append(f"data wait {100 * values['data_wait']:.0f} %")
+        parts.append(format_wait(values))
     return "  ".join(parts)
+
+
+def format_wait(values: dict[str, Any]) -> str:
+    """Who waited for data, and how long; see `Meter.read` for the figures.
+
+    On a CPU the host is the device, and one share says it all.
+    """
+    text = f"waited for data {_share(values, 'data_wait')}"
+    if values["device_wait"] != values["data_wait"]:
+        text = (
+            f"device waited for data {_share(values, 'device_wait')}, "
+            f"host {_share(values, 'data_wait')}"
+        )
+    return f"{text} ({values['data_wait_ms']:.3g} ms a step)"
+
+
+def _share(values: dict[str, Any], name: str) -> str:
+    """A share of time, and that of the slowest rank where it says something else."""
+    mean, longest = (f"{100 * values[key]:.0f} %" for key in (name, f"{name}_max"))
+    return mean if longest == mean else f"{mean} [a rank: {longest}]"
 
 
 def _flatten(kind: str, values: dict[str, Any]) -> dict[str, float]:

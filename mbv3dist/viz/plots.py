@@ -192,9 +192,10 @@ def _plot_speed(axes: "Axes", train: Records) -> None:
     axes.set_ylim(bottom=0)
     axes.set_ylabel("images / s, all processes")
     title = "Speed"
-    waits = _series(train, "data_wait")[1]
+    waits = _series(train, "device_wait")[1] or _series(train, "data_wait")[1]
     if waits:
-        title += f" (waiting for data {100 * sum(waits) / len(waits):.1f} % of the time)"
+        share = 100 * sum(waits) / len(waits)
+        title += f" (the device waited for data {share:.1f} % of the time)"
     axes.set_title(title, fontsize=11)
 
 

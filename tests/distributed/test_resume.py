@@ -15,8 +15,10 @@ def weights_hash(run: Path) -> str:
 def records(run: Path) -> list[dict]:
     """What stands in metrics.jsonl, without the figures that depend on the clock."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
-    clock = ("images_per_s", "data_wait")
-    return [{k: v for k, v in json.loads(x).items() if k not in clock} for x in lines]
+    return [
+        {k: v for k, v in json.loads(x).items() if k != "images_per_s" and "_wait" not in k}
+        for x in lines
+    ]
 
 
 def check_killed_equals_uninterrupted(recipe: Path, out: Path, *, processes: int) -> None:

@@ -14,7 +14,7 @@ from mbv3dist.training.processes import (
     on_main_process,
     step_seed,
 )
-from mbv3dist.training.tracking import Meter, drop_records_after, format_numbers
+from mbv3dist.training.tracking import drop_records_after
 
 
 def test_records_beyond_a_checkpoint_are_dropped(tmp_path):
@@ -25,27 +25,6 @@ def test_records_beyond_a_checkpoint_are_dropped(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
     assert os.listdir(tmp_path) == ["metrics.jsonl"]
     drop_records_after(tmp_path / "none.jsonl", 3)  # a fresh run has none
-
-
-def test_meter_averages_over_steps_and_micro_batches():
-    meter = Meter(torch.device("cpu"))
-    for step in range(3):
-        for _ in range(2):  # micro-batches: their sums add up to the step's
-            loss = {"loss_a": torch.tensor(1.0 + step), "loss_b": torch.tensor(2.0)}
-            meter.add(loss, torch.tensor(4.0))
-        meter.step(8, wait_s=0.0)
-    values = meter.read()
-    assert values["loss_a"] == pytest.approx(1.0)
-    assert values["loss_b"] == pytest.approx(1.0)
-    assert values["loss"] == pytest.approx(2.0)
-    meter.add({"loss_a": torch.tensor(3.0), "loss_b": torch.tensor(0.0)}, torch.tensor(0.0))
-    meter.step(8, wait_s=0.0)
-    assert meter.read()["loss"] == 3.0  # no positives: divided by 1, not by 0
-
-
-def test_numbers_people_watch():
-    text = format_numbers({"loss": 1.5, "map": None, "images_per_s": 10.2, "data_wait": 0.034})
-    assert text == "loss 1.5  10 img/s  data wait 3 %"
 
 
 def test_one_process_where_several_were_asked_for():
