@@ -41,26 +41,35 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 # For a GPU machine without network that has torch, torchvision, accelerate and pytest, but not
-# these: wheels for Python 3.12 in .gpu/wheels (4 MB). `make gpu` there uses them.
-GPU_WHEELS := defusedxml faster-coco-eval rich timm webdataset
+# these: wheels for Python 3.12, 35 MB in .gpu/wheels and 60 MB in .gpu/llvmlite, which may have to
+# be brought one after the other. `make gpu` there uses them.
+GPU_WHEELS := defusedxml faster-coco-eval llvmlite numba nvidia-nvimgcodec-cu13 nvidia-nvjpeg \
+  rich timm webdataset
 
 gpu-bundle: $(STAMP)
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
 	  --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
 	  --constraint constraints.txt --dest .gpu/wheels $(GPU_WHEELS)
+	mkdir -p .gpu/llvmlite && mv .gpu/wheels/llvmlite-*.whl .gpu/llvmlite
 
 gpu:
-	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target .gpu/site .gpu/wheels/*.whl
+	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target .gpu/site .gpu/wheels/*.whl .gpu/llvmlite/*.whl
 	PYTHONPATH=.gpu/site:. $(PYTHON) -m pytest -m gpu
 
-# The systems that benchmarks/ measures beside ours, in an environment of their own (5 GB).
+# The systems that benchmarks/ measures beside ours, in an environment of their own (7 GB). Where
+# FFCV cannot be compiled the rest is there, and the benchmarks say so.
 PEERS := .venv-peers
+PEERS_FILES := benchmarks/requirements-peers.txt benchmarks/requirements-pixels.txt
+FFCV_FILE := benchmarks/requirements-ffcv.txt
 
 bench-peers: $(PEERS)/.installed
 
-$(PEERS)/.installed: benchmarks/requirements-peers.txt
+$(PEERS)/.installed: $(PEERS_FILES) $(FFCV_FILE)
 	$(PYTHON) -m venv $(PEERS)
-	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --requirement $<
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check $(PEERS_FILES:%=--requirement %)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-build-isolation \
+	  --no-deps --requirement $(FFCV_FILE) || echo "make: FFCV could not be compiled: it needs a" \
+	  "C++ compiler, pkg-config, libopencv-dev and libturbojpeg0-dev; the others are installed"
 	@touch $@
 
 clean:

@@ -92,6 +92,9 @@ class DataConfig:
     tail: Literal["carry", "drop"] = opt("carry", "carry batches over epochs, or drop the rest")
     num_threads: int = opt(2, "decoding threads per rank", low=1)
     prefetch: int = opt(3, "batches decoded ahead per rank", low=1)
+    decode: Literal["auto", "cpu", "hybrid", "gpu"] = opt(
+        "auto", "who decodes; hybrid: the GPU resizes; auto: measured at the start on a GPU"
+    )
     verify: Literal["open", "first", "always"] = opt(
         "first", "checksums of samples: never, in the run's first epoch, or at every read"
     )

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mbv3dist.data.packed import Compressed, PackedCrops
 from mbv3dist.data.target import Target
 
 
@@ -25,7 +26,8 @@ class Batch:
     """
 
     image: Tensor
-    """uint8 [B, 3, H, W], RGB canvas pixels in channels_last memory order."""
+    """uint8 [B, 3, H, W], RGB canvas pixels in channels_last memory order; [B, 3, 0, 0] as long as
+    the device has not made them of `crops` or `compressed`."""
     index: Tensor
     """int64 [B], pack index."""
     epoch: Tensor
@@ -47,6 +49,10 @@ class Batch:
     """int64 [B, M], class of each box; padding is -1."""
     difficult: Tensor | None = None
     """bool [B, M]."""
+    crops: PackedCrops | None = field(default=None, repr=False, compare=False)
+    """With `decode="hybrid"`: what the pictures are made of."""
+    compressed: Compressed | None = field(default=None, repr=False, compare=False)
+    """With `decode="gpu"`: what the pictures are made of."""
     targets: list[Target] = field(default_factory=list, repr=False, compare=False)
     """Evaluation only: what the data set says about each picture, in its own pixels."""
     fences: list[torch.cuda.Event] = field(default_factory=list, repr=False, compare=False)
@@ -56,7 +62,10 @@ class Batch:
         return len(self.index)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
-        """Return the batch on `device`; on a GPU the copies run beside the host's work."""
+        """Return the batch on `device`; on a GPU the copies run beside the host's work.
+
+        Pictures that the device is to make are not made by this: see training/to_device.py.
+        """
         device = torch.device(device)
         moved: dict[str, Any] = {
             name: value.to(device, non_blocking=non_blocking)

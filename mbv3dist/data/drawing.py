@@ -17,10 +17,12 @@ import torch
 
 from mbv3dist.config import ViewConfig
 from mbv3dist.data.batch import Batch
+from mbv3dist.data.decode_choice import Decode
 from mbv3dist.data.idx import DamagedShardError
+from mbv3dist.data.packed import Compressed, PackedCrops, Packing, move_to_region
 from mbv3dist.data.passes import COPY_SHIFT
 from mbv3dist.data.pipeline import Buffer, Pipeline, Work
-from mbv3dist.data.pixels import Pictures
+from mbv3dist.data.pixels import Pictures, decode_region
 from mbv3dist.data.plan import StepPlan
 from mbv3dist.data.reader import Reader
 from mbv3dist.data.target import Target, parse_target
@@ -75,6 +77,7 @@ class Drawing:
         drop_boxes: bool,
         first_epoch: int = 0,
         budget: ErrorBudget | None = None,
+        decode: Decode = "cpu",
     ):
         """Say how samples are drawn.
 
@@ -86,6 +89,7 @@ class Drawing:
             drop_boxes: Whether boxes that leave the canvas are dropped (training).
             first_epoch: The epoch in which samples are read for the first time.
             budget: What may be damaged; default: nothing.
+            decode: What is drawn here: all ("cpu"), crops ("hybrid") or nothing ("gpu").
         """
         self.reader = reader
         self.split = reader.split
@@ -94,6 +98,7 @@ class Drawing:
         self.drop_boxes = drop_boxes
         self.first_epoch = first_epoch
         self.budget = budget or ErrorBudget()
+        self.decode = decode
         self.num_classes = len(self.split.classes)
         self._maker = ViewMaker(view, size=size, seed=seed)
         self._parts: dict[int, _Parts] = {}
@@ -112,7 +117,8 @@ class Drawing:
 
     def prepare(self, work: Work) -> None:
         """Make room for what the threads find out."""
-        self._parts[work.number] = _Parts(work.request, work.buffer.image.numpy())
+        pixels = work.buffer.image.numpy()
+        self._parts[work.number] = _Parts(work.request, pixels, is_packed=self.decode != "cpu")
 
     def draw(self, work: Work, places: range) -> dict[int, BaseException]:
         """Draw samples into their places; a damaged one, if the budget allows, as nothing.
@@ -129,14 +135,7 @@ class Drawing:
             # What the maker of views refuses is the recipe, not a sample.
             views, starts = self._make_views(work.request, samples, pictures.sizes)
             at = np.array([sample.place for sample in samples])
-            pictures.draw(
-                views.src,
-                views.dst,
-                views.flip,
-                canvases=parts.canvas,
-                places=at,
-                fill=self.view.fill,
-            )
+            self._draw_pixels(pictures, views, at, parts)
             for n, error in pictures.errors.items():
                 damaged[samples[n].place] = self._damage(samples[n], error)
             parts.size[at] = pictures.sizes[:, ::-1]
@@ -150,6 +149,29 @@ class Drawing:
                 errors[place] = refused
             parts.blank(place, self.view.fill)
         return errors
+
+    def _draw_pixels(self, pictures: Pictures, views: Views, at: np.ndarray, parts: _Parts) -> None:
+        """Draw the views; or, where the device finishes them, put down what it needs."""
+        if self.decode == "cpu":
+            assert parts.canvas is not None
+            pictures.draw(
+                views.src,
+                views.dst,
+                views.flip,
+                canvases=parts.canvas,
+                places=at,
+                fill=self.view.fill,
+            )
+        elif self.decode == "hybrid":
+            pictures.pack(
+                views, packing=parts.packing, places=at, size=self.size, fill=self.view.fill
+            )
+        else:
+            regions = pictures.regions(views.src, views.dst)
+            parts.packing.places[at] = move_to_region(views.vectors(), views.src, regions)
+            parts.regions[at], parts.is_jpeg[at] = regions, pictures.is_plain
+            for n, place in enumerate(at.tolist()):
+                parts.data[place] = pictures.data[n]
 
     def _read(
         self,
@@ -238,8 +260,12 @@ class Drawing:
         """Return the batch of a work whose places are all drawn."""
         parts = self._parts.pop(work.number)
         request, count = work.request, len(work.request.index)
+        if self.decode == "cpu":
+            image = work.buffer.image[:count].permute(0, 3, 1, 2)
+        else:
+            image = torch.empty((count, 3, 0, 0), dtype=torch.uint8)
         batch = Batch(
-            image=work.buffer.image[:count].permute(0, 3, 1, 2),
+            image=image,
             index=torch.from_numpy(request.index),
             epoch=torch.from_numpy(request.epoch),
             weight=torch.from_numpy(parts.weight),
@@ -249,6 +275,10 @@ class Drawing:
             targets=[parts.targets[place] for place in sorted(parts.targets)],
             fences=work.buffer.fences,
         )
+        if self.decode == "hybrid":
+            batch.crops = self._crops(parts, work.buffer.image)
+        elif self.decode == "gpu":
+            batch.compressed = self._compressed(parts, batch)
         if self.split.task == "classification":
             batch.label = torch.from_numpy(parts.label)
         else:
@@ -257,6 +287,37 @@ class Drawing:
             batch.labels = torch.from_numpy(labels)
             batch.difficult = torch.from_numpy(difficult)
         return batch
+
+    def _crops(self, parts: _Parts, pixels: torch.Tensor) -> PackedCrops:
+        """Return what the device needs to resize the pictures."""
+        return PackedCrops(
+            pixels=pixels[: parts.packing.used],
+            layout=torch.from_numpy(parts.packing.layout),
+            places=torch.from_numpy(parts.packing.places),
+            size=(self.size, self.size),
+            fill=self.view.fill,
+        )
+
+    def _compressed(self, parts: _Parts, batch: Batch) -> Compressed:
+        """Return what the device needs to decode the pictures; damage lowers the batch's weight."""
+
+        def report(place: int, error: ValueError) -> None:
+            index = int(batch.index[place])
+            self.budget.add(index, self.reader.damage(index, str(error)))
+            batch.weight[place] = 0
+            parts.packing.places[place] = 0
+
+        return Compressed(
+            data=parts.data,
+            sizes=np.ascontiguousarray(parts.size[:, ::-1]),
+            regions=parts.regions,
+            is_jpeg=parts.is_jpeg,
+            places=parts.packing.places,
+            size=(self.size, self.size),
+            fill=self.view.fill,
+            decode_on_cpu=lambda place: decode_region(parts.data[place], parts.regions[place]),
+            report=report,
+        )
 
 
 @dataclass
@@ -272,9 +333,17 @@ class _Sample:
 class _Parts:
     """What the threads write, each at its samples' places."""
 
-    def __init__(self, request: StepPlan, canvas: np.ndarray):
+    def __init__(self, request: StepPlan, pixels: np.ndarray, *, is_packed: bool):
         count = len(request.index)
-        self.canvas = canvas  # uint8 [capacity, H, W, 3]
+        self.canvas = None if is_packed else pixels  # uint8 [capacity, H, W, 3]
+        self.packing = Packing(
+            pixels if is_packed else np.empty(0, np.uint8),
+            np.zeros((count, 4), np.int64),
+            np.zeros((count, 8), np.float32),
+        )
+        self.data: list[memoryview] = [memoryview(b"")] * count
+        self.regions = np.zeros((count, 4), np.int64)
+        self.is_jpeg = np.zeros(count, np.bool_)
         self.size = np.zeros((count, 2), dtype=np.int32)
         self.view = np.zeros((count, 8), dtype=np.float32)
         self.color = np.zeros((count, 6), dtype=np.float32)
@@ -285,7 +354,9 @@ class _Parts:
 
     def blank(self, place: int, fill: tuple[int, int, int]) -> None:
         """Make a place that of a sample which is not there."""
-        self.canvas[place] = fill
+        if self.canvas is not None:
+            self.canvas[place] = fill
+        self.packing.places[place] = 0
         self.weight[place] = 0
         self.label[place] = 0
         self.objects[place] = None

@@ -93,7 +93,7 @@ class JpegDecoder:
         room = len(self.pixels)
         if num_bytes > room or (room > _KEPT_BYTES and room > 4 * num_bytes):
             self.pixels = np.empty(max(num_bytes, min(2 * room, _KEPT_BYTES)), np.uint8)
-            self.info.view(np.int64)[_BUFFER] = self.pixels.ctypes.data
+            aim(self.info, self.pixels.ctypes.data)
 
     def _make_decoder(self, library: ctypes.CDLL) -> int:
         # One thread: a picture is then decoded in the thread that asks for it.
@@ -160,6 +160,13 @@ def _call(_context: Any, address: Any, arguments: Any) -> Any:
         return builder.call(builder.inttoptr(values[0], kind.as_pointer()), words)
 
     return signature, generate
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def aim(info: np.ndarray, address: int) -> None:
+    """Let a decoder write elsewhere than into its own pixels; it must be set back."""
+    info[2 * _BUFFER] = np.int32(address & 0xFFFFFFFF)
+    info[2 * _BUFFER + 1] = np.int32(address >> 32)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

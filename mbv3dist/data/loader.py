@@ -16,10 +16,12 @@ import torch
 from mbv3dist.config import ViewConfig
 from mbv3dist.data import draws
 from mbv3dist.data.batch import Batch
+from mbv3dist.data.decode_choice import Decode
 from mbv3dist.data.division import evaluation_range
 from mbv3dist.data.drawing import Drawing, ErrorBudget
 from mbv3dist.data.index import Split
 from mbv3dist.data.needs import next_use, range_needs, rank_needs
+from mbv3dist.data.packed import MAX_CANVASES
 from mbv3dist.data.pipeline import Buffer, Pipeline
 from mbv3dist.data.plan import Plan, StepPlan
 from mbv3dist.data.reader import Reader
@@ -58,6 +60,7 @@ class Loader:
         verify: str = "first",
         error_budget: int = 0,
         cache: CacheOptions | None = None,
+        decode: Decode = "cpu",
     ):
         """Check the arguments; threads start with the iteration.
 
@@ -79,6 +82,8 @@ class Loader:
             error_budget: Different damaged samples that may go with weight 0; 0 stops at the
                 first.
             cache: How shards of remote data sets are kept.
+            decode: "cpu" yields pictures; "hybrid" and "gpu" yield batches whose pictures the
+                device makes (`Batch.crops`, `Batch.compressed`; training/to_device.py).
 
         Raises:
             ValueError: For arguments outside their limits.
@@ -100,6 +105,7 @@ class Loader:
         self.wait_s = 0.0
         self.budget = ErrorBudget(error_budget)
         self._cache = cache or CacheOptions()
+        self._decode: Decode = decode
         self._next_step = start_step
         self._view = view
         self._size = size
@@ -134,9 +140,14 @@ class Loader:
                 drop_boxes=True,
                 first_epoch=self.plan.epoch_of(self._start_step * self.plan.global_batch_size),
                 budget=self.budget,
+                decode=self._decode,
             )
             buffers = _make_buffers(
-                self._prefetch + 1, batch_size, self._size, pin_memory=self._pin_memory
+                self._prefetch + 1,
+                batch_size,
+                self._size,
+                pin_memory=self._pin_memory,
+                decode=self._decode,
             )
             pipeline = self._pipeline = drawing.start(requests, buffers, self._num_threads)
             try:
@@ -154,7 +165,7 @@ class Loader:
 
         It is free of rank and world size. `state.resume_step` makes the `start_step` of it.
         """
-        return data_state(self.split, self.plan, self._next_step)
+        return data_state(self.split, self.plan, self._next_step, decode=self._decode)
 
     def _open_reader(self) -> Reader:
         options, plan = self._cache, self.plan.clone()
@@ -268,13 +279,20 @@ def _eval_request(indices: range) -> StepPlan:
     return StepPlan(index=index, epoch=zeros, weight=weight, copy=zeros)
 
 
-def _make_buffers(number: int, capacity: int, size: int, *, pin_memory: bool) -> list[Buffer]:
+def _make_buffers(
+    number: int, capacity: int, size: int, *, pin_memory: bool, decode: Decode = "cpu"
+) -> list[Buffer]:
     """Allocate the ring: one batch at the consumer's, the others being filled."""
     if size < 1:
         raise ValueError(f"the canvas must have at least 1 pixel, got {size}")
-    shape = (capacity, size, size, 3)
+    shapes = {
+        "cpu": (capacity, size, size, 3),
+        "hybrid": (capacity * MAX_CANVASES * size * size * 3,),
+        "gpu": (0,),
+    }
     return [
-        Buffer(torch.empty(shape, dtype=torch.uint8, pin_memory=pin_memory)) for _ in range(number)
+        Buffer(torch.empty(shapes[decode], dtype=torch.uint8, pin_memory=pin_memory))
+        for _ in range(number)
     ]
 
 

@@ -1,9 +1,10 @@
-"""Pixels of many views: plain JPEGs decoded by regions straight into a batch, without the GIL.
+"""Pixels of many views: JPEGs decoded by regions straight into a batch, without the GIL.
 
 The fast lane of decode.py. A thread hands over a chunk of samples; two compiled calls read the
-headers and draw all plain JPEGs among them (jpeg_header.py, jpeg.py, resize.py). What is no plain
-JPEG, and what the fast lane cannot decode, is Pillow's: it draws the same pixels, or says what is
-wrong. Of a JPEG only the rows down to the region's end are read: damage below is for checksums.
+headers and draw all plain JPEGs among them (picture_header.py, jpeg.py, resize.py), another one raw
+pixels. The rest, and what the fast lane cannot decode, is Pillow's: it draws the same pixels, or
+says what is wrong. Of a JPEG only the rows down to the region's end are read: finding damage below
+them is for checksums.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from numba import njit
 
 from mbv3dist.data import jpeg, nvimgcodec
 from mbv3dist.data.decode import MAX_PIXELS, Picture
-from mbv3dist.data.jpeg_header import scan_headers
+from mbv3dist.data.packed import MAX_CANVASES, Packing, move_to_region
+from mbv3dist.data.picture_header import memory, scan_headers
 from mbv3dist.data.resize import draw_region, reach
+from mbv3dist.data.view_kernels import Views
 from mbv3dist.data.views import View
 
 
@@ -24,6 +27,7 @@ class Pictures:
     """The pictures of a chunk, their headers parsed, ready to have a view of each drawn.
 
     Attributes:
+        data: The files.
         sizes: int32 [n, 2], width and height of the upright pictures; 0 where there is an error.
         errors: What is wrong with a picture, by its place in the chunk.
     """
@@ -31,7 +35,7 @@ class Pictures:
     def __init__(self, data: Sequence[memoryview]):
         """Parse the headers."""
         count = len(data)
-        self._data = data
+        self.data = data
         self._addresses = np.empty(count, np.int64)
         self._lengths = np.empty(count, np.int64)
         for place, item in enumerate(data):
@@ -40,19 +44,23 @@ class Pictures:
             self._lengths[place] = len(item)
         self.sizes = np.zeros((count, 2), np.int32)
         self._is_plain = np.zeros(count, np.bool_)
+        self._raw_starts = np.zeros(count, np.int64)
         self.errors: dict[int, ValueError] = {}
         if not nvimgcodec.problem():
-            scan_headers(self._addresses, self._lengths, self.sizes, self._is_plain)
-            self._is_plain &= self.sizes[:, 0].astype(np.int64) * self.sizes[:, 1] <= MAX_PIXELS
+            scan_headers(
+                self._addresses, self._lengths, self.sizes, self._is_plain, self._raw_starts
+            )
+            fits = self.sizes[:, 0].astype(np.int64) * self.sizes[:, 1] <= MAX_PIXELS
+            self._is_plain &= fits
+            self._raw_starts *= fits
         self._others: dict[int, Picture] = {}
-        for place in np.flatnonzero(~self._is_plain).tolist():
-            self._open(place)
+        self._open_rest()
 
     def _open(self, place: int) -> None:
         """Let Pillow look at a picture."""
         self.sizes[place] = 0
         try:
-            picture = self._others[place] = Picture(self._data[place])
+            picture = self._others[place] = Picture(self.data[place])
         except ValueError as error:
             self.errors[place] = error
         else:
@@ -80,8 +88,8 @@ class Pictures:
         """
         if self._is_plain.any():
             decoder = jpeg.thread_decoder()
-            regions = np.empty((len(src), 4), np.int64)
-            decoder.reserve(_find_regions(self.sizes, self._is_plain, src, dst, regions))
+            regions = self.regions(src, dst)
+            decoder.reserve(int(_num_bytes(regions)[self._is_plain].max()))
             _draw_jpegs(
                 decoder.words,
                 decoder.view,
@@ -99,10 +107,19 @@ class Pictures:
                 canvases,
                 places,
             )
-            # What is not plain any more could not be decoded.
-            for place in np.flatnonzero(~self._is_plain).tolist():
-                if place not in self._others and place not in self.errors:
-                    self._open(place)
+            self._open_rest()
+        if self._raw_starts.any():
+            _draw_raw(
+                self._addresses,
+                self._raw_starts,
+                self.sizes,
+                src,
+                dst,
+                flips,
+                np.array(fill, np.uint8),
+                canvases,
+                places,
+            )
         for place, picture in self._others.items():
             view = View(tuple(src[place].tolist()), tuple(dst[place].tolist()), bool(flips[place]))
             try:
@@ -110,20 +127,135 @@ class Pictures:
             except ValueError as error:
                 self.errors[place] = error
 
+    def pack(
+        self,
+        views: Views,
+        *,
+        packing: Packing,
+        places: np.ndarray,
+        size: int,
+        fill: tuple[int, int, int],
+    ) -> None:
+        """Decode each view's region into a packing; adds to `errors` what cannot be decoded.
+
+        What is no plain JPEG, or has too many pixels, is drawn here and packed as a whole canvas.
+
+        Args:
+            views: The pictures' views.
+            packing: Of the batch.
+            places: int64 [n], whose is which row of the packing.
+            size: Side of the canvas.
+            fill: Colour of the canvas outside of the views.
+        """
+        canvas_bytes = 3 * size * size
+        regions = self.regions(views.src, views.dst)
+        taken = self._is_plain & (_num_bytes(regions) <= MAX_CANVASES * canvas_bytes)
+        if taken.any():
+            offsets = np.zeros(len(taken), np.int64)
+            offsets[taken] = packing.reserve(_num_bytes(regions)[taken])
+            decoder = jpeg.thread_decoder()
+            base = packing.pixels.ctypes.data
+            wanted = taken.copy()
+            _decode_jpegs(
+                decoder.words,
+                decoder.view,
+                decoder.info,
+                base + offsets,
+                self._addresses,
+                self._lengths,
+                taken,
+                regions,
+            )
+            jpeg.aim(decoder.info, decoder.pixels.ctypes.data)
+            self._is_plain &= taken | ~wanted
+            self._open_rest()
+            at, region = places[taken], regions[taken]
+            width, height = region[:, 2] - region[:, 0], region[:, 3] - region[:, 1]
+            rows = offsets[taken], 3 * width, height, width
+            packing.layout[at] = np.stack(rows, axis=1)
+            packing.places[at] = move_to_region(views.vectors()[taken], views.src[taken], region)
+        rest = np.flatnonzero(~taken)
+        if not len(rest):
+            return
+        offsets = packing.reserve(np.full(len(rest), canvas_bytes))
+        start, end = int(offsets[0]), int(offsets[-1]) + canvas_bytes
+        canvases = packing.pixels[start:end].reshape(-1, size, size, 3)
+        others = Pictures([self.data[n] for n in rest.tolist()])
+        others.draw(
+            views.src[rest],
+            views.dst[rest],
+            views.flip[rest],
+            canvases=canvases,
+            places=np.arange(len(rest)),
+            fill=fill,
+        )
+        self.errors |= {int(rest[n]): error for n, error in others.errors.items()}
+        packing.layout[places[rest]] = np.stack(
+            np.broadcast_arrays(offsets, 3 * size, size, size), axis=1
+        )
+        packing.places[places[rest]] = np.array((0, 0, size, size) * 2, np.float32)
+
+    def regions(self, src: np.ndarray, dst: np.ndarray) -> np.ndarray:
+        """Return the pixels that views need, int64 [n, 4], xyxy; arguments as in `draw`."""
+        regions = np.empty((len(src), 4), np.int64)
+        _find_regions(self.sizes, src, dst, regions)
+        return regions
+
+    @property
+    def is_plain(self) -> np.ndarray:
+        """Bool [n], which pictures are plain JPEGs."""
+        return self._is_plain
+
+    def _open_rest(self) -> None:
+        """Let Pillow look at what has no fast lane, or was refused there."""
+        for place in np.flatnonzero(~self._is_plain & (self._raw_starts == 0)).tolist():
+            if place not in self._others and place not in self.errors:
+                self._open(place)
+
+
+def decode_region(data: memoryview, region: np.ndarray) -> np.ndarray:
+    """Return a region (int64 [4], xyxy) of any picture by Pillow, uint8 [h, w, 3].
+
+    Raises:
+        ValueError: The picture is damaged.
+    """
+    x0, y0, x1, y1 = region.tolist()
+    return np.ascontiguousarray(np.asarray(Picture(data).image())[y0:y1, x0:x1])
+
+
+def _num_bytes(regions: np.ndarray) -> np.ndarray:
+    """Return the bytes of regions, int64 [n]."""
+    count: np.ndarray = 3 * (regions[:, 2] - regions[:, 0]) * (regions[:, 3] - regions[:, 1])
+    return count
+
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _find_regions(
-    sizes: np.ndarray, plain: np.ndarray, src: np.ndarray, dst: np.ndarray, regions: np.ndarray
-) -> int:
-    """Write which pixels each view needs: int64 [n, 4], xyxy; returns the most bytes of one."""
-    most = 0
+def _find_regions(sizes: np.ndarray, src: np.ndarray, dst: np.ndarray, regions: np.ndarray) -> None:
     for n in range(len(sizes)):
-        if plain[n]:
-            x0, x1 = reach(src[n, 0], src[n, 2], dst[n, 2] - dst[n, 0], sizes[n, 0])
-            y0, y1 = reach(src[n, 1], src[n, 3], dst[n, 3] - dst[n, 1], sizes[n, 1])
-            regions[n, 0], regions[n, 1], regions[n, 2], regions[n, 3] = x0, y0, x1, y1
-            most = max(most, 3 * (x1 - x0) * (y1 - y0))
-    return most
+        x0, x1 = reach(src[n, 0], src[n, 2], dst[n, 2] - dst[n, 0], sizes[n, 0])
+        y0, y1 = reach(src[n, 1], src[n, 3], dst[n, 3] - dst[n, 1], sizes[n, 1])
+        regions[n, 0], regions[n, 1], regions[n, 2], regions[n, 3] = x0, y0, x1, y1
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _decode_jpegs(
+    words: np.ndarray,
+    view: np.ndarray,
+    info: np.ndarray,
+    targets: np.ndarray,
+    addresses: np.ndarray,
+    lengths: np.ndarray,
+    taken: np.ndarray,
+    regions: np.ndarray,
+) -> None:
+    """Decode regions to addresses; those that cannot be decoded are taken no more."""
+    for n in range(len(taken)):
+        if taken[n]:
+            jpeg.aim(info, targets[n])
+            x0, y0, x1, y1 = regions[n, 0], regions[n, 1], regions[n, 2], regions[n, 3]
+            taken[n] = jpeg.decode_region(
+                words, view, info, addresses[n], lengths[n], x0, y0, x1, y1
+            )
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -156,3 +288,32 @@ def _draw_jpegs(
         region = pixels[: 3 * width * height].reshape(height, 3 * width)
         picture = (np.int64(sizes[n, 0]), np.int64(sizes[n, 1]))
         draw_region(region, (x0, y0), picture, src[n], dst[n], flips[n], fill, canvases[places[n]])
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _draw_raw(
+    addresses: np.ndarray,
+    starts: np.ndarray,
+    sizes: np.ndarray,
+    src: np.ndarray,
+    dst: np.ndarray,
+    flips: np.ndarray,
+    fill: np.ndarray,
+    canvases: np.ndarray,
+    places: np.ndarray,
+) -> None:
+    """Draw raw pictures straight from their members."""
+    for n in range(len(starts)):
+        if starts[n] > 0:
+            width, height = np.int64(sizes[n, 0]), np.int64(sizes[n, 1])
+            pixels = memory(addresses[n] + starts[n], 3 * width * height)
+            draw_region(
+                pixels.reshape(height, 3 * width),
+                (0, 0),
+                (width, height),
+                src[n],
+                dst[n],
+                flips[n],
+                fill,
+                canvases[places[n]],
+            )

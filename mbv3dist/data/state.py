@@ -17,6 +17,7 @@ from mbv3dist.data.plan import Plan
 _PIXELS = "pixels may then differ by a level or so"
 _ORDER = "samples of the epoch under way may then be missed or come twice; later epochs are exact"
 ACCEPTABLE = {
+    "decode": _PIXELS,
     "decoder": _PIXELS,
     "decoder_version": _PIXELS,
     "data_fingerprint": _ORDER,
@@ -30,12 +31,13 @@ ACCEPTABLE = {
 }
 
 
-def data_state(split: Split, plan: Plan, step: int) -> dict[str, Any]:
-    """Return the state after `step` steps, ready for JSON."""
+def data_state(split: Split, plan: Plan, step: int, *, decode: str = "cpu") -> dict[str, Any]:
+    """Return the state after `step` steps, ready for JSON; `decode` as for the loader."""
     decoder, version = decoder_version()
     return {
         "step": step,
         "data_fingerprint": split.fingerprint,
+        "decode": decode,
         "decoder": decoder,
         "decoder_version": version,
         **plan.state(),
@@ -43,7 +45,12 @@ def data_state(split: Split, plan: Plan, step: int) -> dict[str, Any]:
 
 
 def resume_step(
-    state: dict[str, Any], split: Split, plan: Plan, *, accept: Collection[str] = ()
+    state: dict[str, Any],
+    split: Split,
+    plan: Plan,
+    *,
+    accept: Collection[str] = (),
+    decode: str | None = None,
 ) -> tuple[int, list[str]]:
     """Return the step to go on from, and warnings about differences that were accepted.
 
@@ -52,13 +59,14 @@ def resume_step(
         split: The data of the run that goes on.
         plan: Its plan.
         accept: Names of what may differ.
+        decode: How pictures will be decoded; None: as before.
 
     Raises:
         ValueError: if anything else differs: names what, from what, to what, and the way on.
     """
     if not isinstance(state, dict):
         raise ValueError(f"the data state is {_shown(state)}; it should be what Loader.state gave")
-    mine = data_state(split, plan, 0)
+    mine = data_state(split, plan, 0, decode=decode or state.get("decode", "cpu"))
     warnings = []
     for name in dict.fromkeys([*mine, *state]):
         if name == "step" or mine.get(name) == state.get(name):

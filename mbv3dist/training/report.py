@@ -1,17 +1,16 @@
 """What a finished run leaves to look at: metrics.png, samples/ and report.html."""
 
 import html
-import io
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from PIL import Image
 from torch import nn
 
 from mbv3dist.config import TrainConfig
+from mbv3dist.data.decode import Picture
 from mbv3dist.data.index import Split
 from mbv3dist.inference.predict import DISPLAY_THRESHOLD, classify, detect
 from mbv3dist.models.directory import ModelSpec
@@ -55,7 +54,8 @@ def _write_samples(folder: Path, model: nn.Module, spec: ModelSpec, split: Split
     folder.mkdir(parents=True)
     count = min(_NUM_SAMPLES, len(split))
     indices = [i * len(split) // count for i in range(count)]
-    pictures = [Image.open(io.BytesIO(split.sample(i)["jpg"])).convert("RGB") for i in indices]
+    samples = [split.sample(index) for index in indices]
+    pictures = [Picture(sample.get("jpg") or sample["npy"]).image() for sample in samples]
     was_training = model.training
     model.eval()
     if spec.task == "detection":

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 from mbv3dist.config import TrainConfig
+from mbv3dist.data.decode_choice import Decode
 from mbv3dist.data.loader import Loader
 from mbv3dist.evaluation.run import evaluate
 from mbv3dist.models.directory import save_model
@@ -36,6 +37,7 @@ from mbv3dist.training.processes import (
 )
 from mbv3dist.training.report import write_report
 from mbv3dist.training.setup import Run, identity, prepare
+from mbv3dist.training.to_device import ToDevice, choose_for_run
 from mbv3dist.training.tracking import Tracker, format_numbers
 
 _CALM = "lower --optim.lr, add --optim.warmup_epochs or --optim.clip_grad_norm"
@@ -87,22 +89,11 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
     meter = Meter(device)
     val: dict[str, Any] | None = None
     step, stopped = run.start_step, False
-    loader = Loader(
-        run.train_split,
-        plan,
-        view=view,
-        size=config.model.input_size,
-        seed=config.seed,
-        rank=rank,
-        world_size=world_size,
-        num_threads=config.data.num_threads,
-        prefetch=config.data.prefetch,
-        start_step=plan.num_steps if is_out_of_patience(run) else run.start_step,
-        pin_memory=device.type == "cuda",
-        verify=config.data.verify,
-        error_budget=config.data.error_budget,
-        cache=run.cache,
+    choice = choose_for_run(
+        run.decode, device, partial(_make_loader, run), deterministic=config.deterministic
     )
+    loader = _make_loader(run, choice.decode)
+    to_device = ToDevice(device, choice.decode)
     loader.budget.damaged.update(run.damaged)
     with (
         StopRequest() as stop,
@@ -112,11 +103,13 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
         loader,
     ):
         tracker.say(_banner(run))
+        tracker.say(choice.reason)
         ledger = DamageLedger(loader.budget, run.train_split, config.run_dir, group=stop.group)
         train_mode(run.step_model, freeze_bn=config.model.freeze_bn)
+        meter.restart_clock()  # choosing a decoder takes its time
         meter.ask()
         for step, batch in loader:
-            batch = batch.to(device)
+            batch = to_device(batch)
             meter.begin()
             # Dropout depends on (seed, step, rank) alone: no generator state to save.
             torch.manual_seed(step_seed(config.seed, step, rank))
@@ -199,6 +192,28 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
         "best_score": run.best_score if run.best_score >= 0 else None,
         "val": val,
     }
+
+
+def _make_loader(run: Run, decode: Decode) -> Loader:
+    """The training batches of this rank, from the run's first step on."""
+    config, accelerator = run.config, run.accelerator
+    return Loader(
+        run.train_split,
+        run.plan,
+        view=config.data.view,
+        size=config.model.input_size,
+        seed=config.seed,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        num_threads=config.data.num_threads,
+        prefetch=config.data.prefetch,
+        start_step=run.plan.num_steps if is_out_of_patience(run) else run.start_step,
+        pin_memory=accelerator.device.type == "cuda",
+        verify=config.data.verify,
+        error_budget=config.data.error_budget,
+        cache=run.cache,
+        decode=decode,
+    )
 
 
 def validate(run: Run) -> dict[str, Any]:

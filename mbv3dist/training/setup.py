@@ -6,7 +6,7 @@ import shutil
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 import yaml
@@ -81,6 +81,7 @@ class Run:
     evals_without_gain: int
     cache: CacheOptions
     damaged: dict[int, str]  # samples the run went without before it was resumed
+    decode: Literal["auto", "cpu", "hybrid", "gpu"]  # as asked, or as before it was resumed
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -165,6 +166,7 @@ def prepare(config: TrainConfig) -> Run:
         evals_without_gain=0,
         cache=node_options(config.data.cache_dir, int(config.data.cache_gb * 1e9)),
         damaged={},
+        decode=config.data.decode,
     )
     if is_distributed():
         _settle_buckets(run)
@@ -319,10 +321,14 @@ def _resume_data(run: Run, checkpoint: Checkpoint, path: Path) -> tuple[int, lis
             f"--data.accept_changes {unknown[0]}: cannot be accepted; what can: "
             f"{', '.join(ACCEPTABLE)}"
         )
+    state = checkpoint.state["data"]
+    if run.decode == "auto" and "decode" not in accept:
+        # What was measured then is kept: the pixels of a step are to stay the same.
+        on_gpu = run.accelerator.device.type == "cuda"
+        run.decode = state.get("decode", "cpu") if on_gpu and isinstance(state, dict) else "cpu"
+    decode = None if run.decode == "auto" else run.decode
     try:
-        step, warnings = resume_step(
-            checkpoint.state["data"], run.train_split, run.plan, accept=accept
-        )
+        step, warnings = resume_step(state, run.train_split, run.plan, accept=accept, decode=decode)
     except ValueError as error:
         raise ValueError(f"{path}: cannot be continued: {error}") from None
     assert step == checkpoint.step

@@ -138,7 +138,6 @@ def test_what_is_no_plain_jpeg_is_pillows():
         "turned": with_orientation(6),
         "mirrored": with_orientation(2),
         "no end mark": plain + b"\0\0\0",
-        "raw": raw(np.asarray(picture(40, 30))),
     }
     view = View((1.5, 2, 29.25, 29), (3, 0, 60, 50), flip=True)
     out, pictures = draw(list(others.values()), [view] * len(others))
@@ -161,6 +160,24 @@ def raw(pixels):
     data = io.BytesIO()
     np.save(data, pixels)
     return data.getvalue()
+
+
+@needs_codec
+def test_raw_members_have_a_fast_lane_of_their_own():
+    rng = np.random.default_rng(1)
+    sizes = [(97, 61), (1, 1), (33, 200), (32, 32)]
+    data = [raw(np.asarray(picture(*size))) for size in sizes]
+    views = [random_view(rng, *size, 64) for size in sizes]
+    out, pictures = draw([*data, encoded(picture(9, 9))], [*views, random_view(rng, 9, 9, 64)])
+    assert (pictures._raw_starts[:4] > 0).all()
+    assert pictures._others == {}
+    for n, (item, view) in enumerate(zip(data, views, strict=True)):
+        assert (out[n] == by_pillow(item, view)).all()
+    # What is not to the byte as conversion writes it is looked at by NumPy.
+    odd = data[0].replace(b"False, 'shape'", b"False,'shape' ")
+    for item in (odd, data[0][:-1], data[0][:30], data[0][:9]):
+        assert Pictures([memoryview(item)])._raw_starts[0] == 0
+    assert Pictures([memoryview(odd)]).sizes.tolist() == [[97, 61]]
 
 
 def test_raw_members_are_checked():

@@ -1,8 +1,9 @@
-"""What a JPEG's header says, for many files at once, compiled by Numba, without the GIL.
+"""What a picture's header says, for many files at once, compiled by Numba, without the GIL.
 
-Only what decides who decodes a picture: its size, and whether it is plain: a JPEG of three 8-bit
-YCbCr components, upright and whole to its end mark. All else goes to Pillow, which knows every
-case, or says what is wrong with it. (ITU-T T.81 annex B; EXIF 2.32 section 4.6 for orientation.)
+Only what decides who decodes it: its size, and whether it is plain: a JPEG of three 8-bit YCbCr
+components, upright and whole to its end mark, or raw pixels as `convert --format raw` writes them.
+All else goes to decode.Picture, which knows every case, or says what is wrong with it.
+(ITU-T T.81 annex B; EXIF 2.32 section 4.6 for orientation; NumPy's NEP 1 for raw pixels.)
 """
 
 from __future__ import annotations
@@ -20,6 +21,10 @@ _EXIF = np.frombuffer(b"Exif\0\0", np.uint8)
 _XMP = np.frombuffer(b"http://ns.adobe.com/xap/1.0/\0", np.uint8)
 _ADOBE = np.frombuffer(b"Adobe", np.uint8)
 _ORIENTATION = np.frombuffer(b"Orientation", np.uint8)
+_RAW = np.frombuffer(b"\x93NUMPY\x01\x00", np.uint8)
+_RAW_HEADER = np.frombuffer(b"{'descr': '|u1', 'fortran_order': False, 'shape': (", np.uint8)
+_COMMA = np.frombuffer(b", ", np.uint8)
+_RAW_END = np.frombuffer(b", 3), }", np.uint8)
 _ORIENTATION_TAG, _SHORT = 0x0112, 3
 
 
@@ -35,21 +40,36 @@ def _pointer(_context: Any, address: Any) -> Any:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def memory(address: int, num_bytes: int) -> np.ndarray:
+    """Return bytes in memory as an array, uint8 [num_bytes]; for compiled code only."""
+    array: np.ndarray = carray(_pointer(address), (num_bytes,))
+    return array
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def scan_headers(
-    addresses: np.ndarray, lengths: np.ndarray, sizes: np.ndarray, plain: np.ndarray
+    addresses: np.ndarray,
+    lengths: np.ndarray,
+    sizes: np.ndarray,
+    plain: np.ndarray,
+    raw_starts: np.ndarray,
 ) -> None:
     """Read the headers of n files in memory.
 
     Args:
         addresses: int64 [n], of their first bytes.
         lengths: int64 [n], their bytes.
-        sizes: int32 [n, 2], written: width and height in pixels where plain.
+        sizes: int32 [n, 2], written: width and height in pixels where plain or raw.
         plain: bool [n], written: whether it is a plain JPEG.
+        raw_starts: int64 [n], written: where raw pixels begin, 0 where there are none.
     """
     for n in range(len(addresses)):
-        data = carray(_pointer(addresses[n]), (lengths[n],))
+        data = memory(addresses[n], lengths[n])
         width, height = _scan(data)
-        sizes[n, 0], sizes[n, 1], plain[n] = width, height, width > 0
+        plain[n], raw_starts[n] = width > 0, 0
+        if width == 0:
+            width, height, raw_starts[n] = _scan_raw(data)
+        sizes[n, 0], sizes[n, 1] = width, height
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -151,3 +171,38 @@ def _is_upright(tiff: np.ndarray) -> bool:
             is_one = _number(tiff, place + 4, 4, big) == 1
             return bool(is_short and is_one and _number(tiff, place + 8, 2, big) == 1)
     return True
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _scan_raw(data: np.ndarray) -> tuple[int, int, int]:
+    """Return width, height and where pixels begin of a raw picture, else zeros."""
+    none = (0, 0, 0)
+    if len(data) < 10 or not _starts(data, _RAW):
+        return none
+    start = 10 + _number(data, 8, 2, False)
+    place = 10 + len(_RAW_HEADER)
+    if start > len(data) or place > start or not _starts(data[10:start], _RAW_HEADER):
+        return none
+    height, place = _digits(data, place, start)
+    if not _starts(data[place:start], _COMMA):
+        return none
+    width, place = _digits(data, place + len(_COMMA), start)
+    if not _starts(data[place:start], _RAW_END):
+        return none
+    for rest in range(place + len(_RAW_END), start - 1):
+        if data[rest] != 0x20:
+            return none
+    if height == 0 or width == 0 or len(data) - start != 3 * width * height:
+        return none
+    return width, height, start
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def _digits(data: np.ndarray, place: int, end: int) -> tuple[int, int]:
+    """Return a number of up to six digits, and where it ends."""
+    value = 0
+    first = place
+    while place < end and place < first + 6 and 0x30 <= data[place] <= 0x39:
+        value = 10 * value + np.int64(data[place]) - 0x30
+        place += 1
+    return value, place
