@@ -11,6 +11,8 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mbv3dist.config import TrainConfig
+from mbv3dist.data.decode_choice import Decode, decide
 from mbv3dist.data.index import Split
 from mbv3dist.data.store import CacheOptions, node_options
 from mbv3dist.tools import doctor_advice as advice
@@ -110,7 +112,7 @@ def _examine(setting: Setting, paths: Sequence[str], progress: Progress) -> dict
     config, split = setting.config, setting.split
     facts = environment(paths[0] if paths and split.remote is None else config.out)
     threads = rates.thread_counts(facts["cores"]["usable"], config.data.num_threads * setting.ranks)
-    done, total = 0, len(threads) + 5
+    done, total = 0, len(threads) + 6
 
     def tick() -> None:
         nonlocal done
@@ -172,6 +174,8 @@ def _find(
         machine_cores=facts["cores"]["machine"],
         num_threads=config.data.num_threads,
         decode=measured["decode"],
+        decode_mode=measured["together"]["decode"],
+        ways=measured["ways"],
         steps=tuple(advice.StepRate(**item) for item in measured["step"]),
         needs_side=needed_side(config),
         picture_bytes=data["picture_bytes"],
@@ -267,6 +271,20 @@ def _measure_device(
         if setting.precision == "no" and facts["gpu"]["bf16"]:
             tries.append((setting.batch_size, "bf16"))
         tries.append((2 * setting.batch_size, setting.precision))
+    ways: dict[Decode, float] = {}
+    problems: dict[Decode, str] = {}
+    if target.type == "cuda":
+        ways, problems = device.measure_ways(
+            head,
+            config,
+            target,
+            batch_size=setting.batch_size,
+            num_threads=config.data.num_threads,
+            seconds=pace.decode,
+            cache=cache,
+        )
+    mode = _choose_mode(config, ways, problems)
+    tick()
     steps, step = device.measure_steps(
         head, config, target, tries=tries, seconds=pace.step, cache=cache
     )
@@ -278,11 +296,30 @@ def _measure_device(
         target,
         batch_size=steps[0]["batch_size"],
         num_threads=config.data.num_threads,
+        decode=mode,
         seconds=pace.together,
         cache=cache,
     )
     tick()
-    return {"copy": copy, "step": steps, "together": together}
+    return {
+        "ways": ways,
+        "ways_not_possible": problems,
+        "copy": copy,
+        "step": steps,
+        "together": together,
+    }
+
+
+def _choose_mode(
+    config: TrainConfig, ways: dict[Decode, float], problems: dict[Decode, str]
+) -> Decode:
+    """What data.decode is in a run of this recipe."""
+    wanted = config.data.decode
+    if wanted != "auto":
+        if wanted in problems:
+            raise ValueError(f"--data.decode {wanted}: {problems[wanted]}")
+        return wanted
+    return decide(ways, problems).decode if ways and not config.deterministic else "cpu"
 
 
 def _rounded(value: Any) -> Any:

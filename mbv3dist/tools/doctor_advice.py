@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -46,8 +46,8 @@ class Findings:
         num_threads: Decoding threads of a rank, as the recipe says.
         decode: Pictures/s by threads of the whole node, for 1 thread at least.
         steps: As the recipe says first, then what else was tried.
-        decode_mode: data.decode as measured in `decode`.
-        other_decode: Pictures/s of one rank with other values of data.decode.
+        decode_mode: data.decode of the run; `decode` is that of cpu.
+        ways: Pictures/s that one rank gets onto its GPU, by data.decode; empty on a CPU.
         is_detection: Whether boxes are found, so that small things in pictures matter.
         needs_side: Shorter side in pixels that the view has use for.
         picture_bytes: Mean size of the pictures' files.
@@ -85,7 +85,7 @@ class Findings:
     data_bytes: int
     input_size: int
     decode_mode: str = "cpu"
-    other_decode: Mapping[str, float] | None = None
+    ways: Mapping[str, float] = field(default_factory=dict)
     is_detection: bool = False
     is_raw: bool = False
     reads_every_epoch: bool = False
@@ -114,7 +114,7 @@ def decode_rate(decode: Mapping[int, float], num_threads: int) -> float:
 def limits(found: Findings) -> dict[str, float]:
     """Pictures per second that each part of the way allows a node; parts that never bound, none."""
     values = {
-        "decode": decode_rate(found.decode, found.num_threads * found.ranks),
+        "decode": _way_rate(found, found.decode_mode),
         "step": found.steps[0].images_per_s * found.ranks,
     }
     if found.reads_every_epoch and found.disk_mb_per_s is not None:
@@ -123,6 +123,15 @@ def limits(found: Findings) -> dict[str, float]:
         canvas_bytes = 3 * found.input_size**2
         values["copy"] = found.copy_mb_per_s * 1e6 / canvas_bytes * found.ranks
     return values
+
+
+def _way_rate(found: Findings, mode: str) -> float:
+    """Pictures per second of a node with this value of data.decode and the threads as set."""
+    threads = found.num_threads * found.ranks
+    if mode not in found.ways or mode == "cpu":
+        return decode_rate(found.decode, threads)
+    # Measured with one rank's threads; the ranks of a node share its cores.
+    return found.ways[mode] * found.ranks * min(1.0, found.cores / threads)
 
 
 def find_bound(values: Mapping[str, float]) -> str:
@@ -175,19 +184,24 @@ def advise(found: Findings) -> list[str]:
 
 def _about_decoding(found: Findings, wanted: float) -> list[str]:
     lines = []
-    now = decode_rate(found.decode, found.num_threads * found.ranks)
+    now = _way_rate(found, found.decode_mode)
     threads = _best_threads(found, wanted)
     faster = decode_rate(found.decode, threads * found.ranks)
-    if threads > found.num_threads and faster > _CLEARLY * now:
+    if faster > _CLEARLY * now:
+        mode = " and --data.decode cpu" * (found.decode_mode != "cpu")
         lines.append(
-            f"set --data.num_threads {threads} (now {found.num_threads}): {_rate(now)} become "
-            f"{_rate(faster)}"
+            f"set --data.num_threads {threads}{mode} (now {found.num_threads}"
+            f"{' and ' + found.decode_mode if mode else ''}): {_rate(now)} become {_rate(faster)}"
         )
-    for mode, rate in (found.other_decode or {}).items():
-        if rate * found.ranks > _CLEARLY * max(now, faster):
+    faster = max(now, faster)
+    for mode in found.ways:
+        rate = _way_rate(found, mode)
+        if mode != found.decode_mode and rate > _CLEARLY * faster:
             lines.append(
-                f"set --data.decode {mode} (now {found.decode_mode}): {_rate(rate * found.ranks)}"
+                f"set --data.decode {mode} (now {found.decode_mode}): {_rate(now)} become "
+                f"{_rate(rate)}"
             )
+            faster = rate
     if not found.has_decoder and not found.is_raw:
         lines.append(
             "the fast decoder is not installed: pip install nvidia-nvimgcodec-cu13 numba (Linux)"

@@ -15,6 +15,7 @@ from torch import nn
 
 from mbv3dist.config import TrainConfig
 from mbv3dist.data.batch import Batch
+from mbv3dist.data.decode_choice import GAIN, Decode
 from mbv3dist.data.index import Split
 from mbv3dist.models.ssdlite import SSDLite, parameter_groups
 from mbv3dist.ops.color import normalize_images
@@ -24,6 +25,7 @@ from mbv3dist.training.detection import DetectionTask
 from mbv3dist.training.meter import Meter
 from mbv3dist.training.optim import build_optimizer, set_lr, train_mode
 from mbv3dist.training.setup import Task, build_model
+from mbv3dist.training.to_device import ToDevice
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _MIN_STEPS = 2
@@ -178,8 +180,7 @@ def measure_copy(
     return rates
 
 
-def measure_together(
-    step: Step,
+def measure_ways(
     split: Split,
     config: TrainConfig,
     device: torch.device,
@@ -188,19 +189,69 @@ def measure_together(
     num_threads: int,
     seconds: float,
     **options: Any,
-) -> dict[str, float]:
+) -> tuple[dict[Decode, float], dict[Decode, str]]:
+    """Pictures per second that one rank gets onto a GPU, by `data.decode`; no steps beside it.
+
+    Returns:
+        The rates of the ways that work, and why the others do not.
+    """
+    rates: dict[Decode, float] = {}
+    problems: dict[Decode, str] = {}
+    for decode in GAIN:
+        try:
+            to_device = ToDevice(device, decode)
+        except ValueError as error:
+            problems[decode] = str(error)
+            continue
+        loader = open_loader(
+            split,
+            config,
+            num_threads=num_threads,
+            batch_size=batch_size,
+            pin_memory=True,
+            decode=decode,
+            **options,
+        )
+        count, start, ramp = 0, 0.0, config.data.prefetch + 1
+        with loader:
+            for number, batch in loader:
+                to_device(batch)
+                count += len(batch)
+                if number == ramp:
+                    torch.cuda.synchronize(device)
+                    count, start = 0, time.perf_counter()
+                elif number > ramp + 1 and time.perf_counter() - start > seconds:
+                    break
+            torch.cuda.synchronize(device)
+        rates[decode] = count / (time.perf_counter() - start)
+    return rates, problems
+
+
+def measure_together(
+    step: Step,
+    split: Split,
+    config: TrainConfig,
+    device: torch.device,
+    *,
+    batch_size: int,
+    num_threads: int,
+    decode: Decode,
+    seconds: float,
+    **options: Any,
+) -> dict[str, Any]:
     """Training steps fed by the loader, as one rank runs.
 
     Returns:
-        {images_per_s, data_wait, device_wait, num_threads}; shares of the time, 0 to 1.
+        {images_per_s, data_wait, device_wait, num_threads, decode}; shares of the time, 0 to 1.
     """
-    meter = Meter(device)
+    meter, to_device = Meter(device), ToDevice(device, decode)
     loader = open_loader(
         split,
         config,
         num_threads=num_threads,
         batch_size=batch_size,
         pin_memory=device.type == "cuda",
+        decode=decode,
         **options,
     )
     first = None  # step that is measured
@@ -208,7 +259,7 @@ def measure_together(
         meter.ask()
         start = time.perf_counter()
         for number, batch in loader:
-            batch = batch.to(device)
+            batch = to_device(batch)
             meter.begin()
             step(batch, meter)
             spent = time.perf_counter() - start
@@ -221,4 +272,5 @@ def measure_together(
             meter.ask()
         values = meter.read()
     shown = ("images_per_s", "data_wait", "device_wait")
-    return {**{name: values[name] for name in shown}, "num_threads": num_threads}
+    told = {"num_threads": num_threads, "decode": decode}
+    return {**{name: values[name] for name in shown}, **told}

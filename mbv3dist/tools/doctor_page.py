@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-_COLUMN = 10  # characters of the names in front
+_COLUMN = 12  # characters of the names in front
 
 
 def report_text(result: dict[str, Any]) -> str:
@@ -67,12 +67,12 @@ def _about_gpu(gpu: dict[str, Any]) -> str:
 
 
 def _about_data(data: dict[str, Any]) -> str:
-    kind = "pixels" if data["is_raw"] else "pictures"
+    kind = "pictures stored as pixels" if data["is_raw"] else "pictures"
     size = f"{data['width']:.0f} x {data['height']:.0f}, {data['picture_bytes'] / 1e3:,.3g} KB"
     if data["where"] is None:
         return f"{data['samples']} {kind} drawn for this ({size}); name a data set to measure it"
     return (
-        f"{data['where']}, {data['split']}: {data['samples']:,} {kind} of {size} on average, "
+        f"{data['where']}, {data['split']}: {data['samples']:,} {kind}, {size} on average, "
         f"{data['shards']:,} shard(s), {_gigabytes(data['bytes'])}"
     )
 
@@ -92,6 +92,10 @@ def _about_rates(rates: dict[str, Any]) -> list[tuple[str, str]]:
         ("checksum", f"{rates['crc_mb_per_s']:,.0f} MB/s in a thread"),
         ("decoding", f"{', '.join(decode)} thread(s), images/s"),
     ]
+    if rates["ways"]:
+        parts = [f"{mode} {rate:,.0f}" for mode, rate in rates["ways"].items()]
+        parts += [f"{mode} not here ({why})" for mode, why in rates["ways_not_possible"].items()]
+        lines.append(("to the gpu", f"{', '.join(parts)}; images/s of a rank by data.decode"))
     if rates["copy"] is not None:
         lines.append(
             (
@@ -109,16 +113,11 @@ def _about_rates(rates: dict[str, Any]) -> list[tuple[str, str]]:
         for place, step in enumerate(rates["step"])
     ]
     together = rates["together"]
-    host = f", the host {100 * together['data_wait']:.0f} %"
-    lines.append(
-        (
-            "together",
-            f"{together['images_per_s']:,.4g} images/s with {together['num_threads']} thread(s); "
-            f"the device waited for data {100 * together['device_wait']:.0f} % of the time"
-            + host
-            * (together["data_wait"] != together["device_wait"]),
-        )
-    )
+    waited = f"the device waited for data {100 * together['device_wait']:.0f} % of the time"
+    if together["data_wait"] != together["device_wait"]:
+        waited += f", the host {100 * together['data_wait']:.0f} %"
+    how = f"{together['num_threads']} thread(s), decode {together['decode']}"
+    lines.append(("together", f"{together['images_per_s']:,.4g} images/s with {how}; {waited}"))
     return lines
 
 

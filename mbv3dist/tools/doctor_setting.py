@@ -116,9 +116,12 @@ def settle(
 
     from mbv3dist.inference.predict import choose_device
     from mbv3dist.tools.doctor_environment import cores
+    from mbv3dist.training.to_device import check_decode
 
     target = choose_device(device)
     on_gpu = target.type == "cuda"
+    if config is not None:
+        check_decode(config.data.decode, target)
     ranks = ranks or (max(1, torch.cuda.device_count()) if on_gpu else 1)
     if config is None:
         config = _default_config(split.task, architecture, on_gpu=on_gpu, num_threads=num_threads)
