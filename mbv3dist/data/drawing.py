@@ -8,6 +8,7 @@ pixels never depend on the number of threads, the prefetch depth, the rank or th
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from mbv3dist.data.plan import StepPlan
 from mbv3dist.data.reader import Reader
 from mbv3dist.data.target import Target, parse_target
 from mbv3dist.data.view_kernels import ViewMaker, Views
+
+_NO_BOXES = np.zeros((0, 4), np.float32)
 
 
 class ErrorBudget:
@@ -133,8 +136,8 @@ class Drawing:
         pictures = self._open(samples, damaged)
         if samples:
             # What the maker of views refuses is the recipe, not a sample.
-            views, starts = self._make_views(work.request, samples, pictures.sizes)
             at = np.array([sample.place for sample in samples])
+            views, starts = self._make_views(work.request, samples, at, pictures.sizes)
             self._draw_pixels(pictures, views, at, parts)
             for n, error in pictures.errors.items():
                 damaged[samples[n].place] = self._damage(samples[n], error)
@@ -203,13 +206,11 @@ class Drawing:
     def _open(self, samples: list[_Sample], damaged: dict[int, DamagedShardError]) -> Pictures:
         """Open the pictures; samples whose picture is damaged, or is another, leave the list."""
         pictures = Pictures([sample.data for sample in samples])
-        problems = pictures.errors | {
-            n: _size_error(sample.target, *pictures.sizes[n].tolist())
-            for n, sample in enumerate(samples)
-            if n not in pictures.errors
-            and sample.target.width
-            and (sample.target.width, sample.target.height) != tuple(pictures.sizes[n].tolist())
-        }
+        problems = dict(pictures.errors)
+        if self.split.task == "detection":
+            for n, (sample, size) in enumerate(zip(samples, pictures.sizes.tolist(), strict=True)):
+                if [sample.target.width, sample.target.height] != size:
+                    problems.setdefault(n, _size_error(sample.target, *size))
         if not problems:
             return pictures
         for n in sorted(problems, reverse=True):
@@ -223,35 +224,36 @@ class Drawing:
         return error
 
     def _make_views(
-        self, request: StepPlan, samples: list[_Sample], sizes: np.ndarray
+        self, request: StepPlan, samples: list[_Sample], at: np.ndarray, sizes: np.ndarray
     ) -> tuple[Views, np.ndarray]:
         """Draw the samples' views; also returns where each one's boxes start, int64 [n + 1]."""
-        at = np.array([sample.place for sample in samples])
         starts = np.zeros(len(samples) + 1, np.int64)
-        np.cumsum([len(sample.target.boxes) for sample in samples], out=starts[1:])
-        boxes = [sample.target.boxes for sample in samples]
+        boxes = _NO_BOXES
+        if self.split.task == "detection":
+            starts[1:] = list(itertools.accumulate(len(sample.target.boxes) for sample in samples))
+            boxes = np.concatenate([sample.target.boxes for sample in samples])
         # A sample that comes twice in an epoch is drawn in two ways.
         drawn = request.index[at] + (request.copy[at] << COPY_SHIFT)
-        views = self._maker.make(request.epoch[at], drawn, sizes, np.concatenate(boxes), starts)
+        views = self._maker.make(request.epoch[at], drawn, sizes, boxes, starts)
         return views, starts
 
     def _put_targets(
         self, samples: list[_Sample], views: Views, starts: np.ndarray, parts: _Parts
     ) -> None:
         """Write what is known about each picture, with its boxes on the canvas."""
-        if self.drop_boxes:
+        if self.drop_boxes and len(views.boxes):
             np.clip(views.boxes, 0.0, float(self.size), out=views.boxes)
-        for n, sample in enumerate(samples):
+        bounds = starts.tolist()
+        for sample, first, last in zip(samples, bounds[:-1], bounds[1:], strict=True):
             target, place = sample.target, sample.place
             parts.label[place] = target.label
-            own = slice(starts[n], starts[n + 1])
             if not self.drop_boxes:
-                parts.objects[place] = (views.boxes[own], target.labels, target.difficult)
+                parts.objects[place] = (views.boxes[first:last], target.labels, target.difficult)
                 parts.targets[place] = target
-            elif len(target.boxes):
-                keep = views.keep[own]
+            elif last > first:
+                keep = views.keep[first:last]
                 parts.objects[place] = (
-                    views.boxes[own][keep],
+                    views.boxes[first:last][keep],
                     target.labels[keep],
                     target.difficult[keep],
                 )

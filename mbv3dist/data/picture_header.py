@@ -53,7 +53,8 @@ def scan_headers(
     sizes: np.ndarray,
     plain: np.ndarray,
     raw_starts: np.ndarray,
-) -> None:
+    max_pixels: int,
+) -> int:
     """Read the headers of n files in memory.
 
     Args:
@@ -62,14 +63,24 @@ def scan_headers(
         sizes: int32 [n, 2], written: width and height in pixels where plain or raw.
         plain: bool [n], written: whether it is a plain JPEG.
         raw_starts: int64 [n], written: where raw pixels begin, 0 where there are none.
+        max_pixels: A picture of more is neither.
+
+    Returns:
+        How many are neither.
     """
+    others = 0
     for n in range(len(addresses)):
         data = memory(addresses[n], lengths[n])
         width, height = _scan(data)
-        plain[n], raw_starts[n] = width > 0, 0
+        start = 0
         if width == 0:
-            width, height, raw_starts[n] = _scan_raw(data)
+            width, height, start = _scan_raw(data)
+        if width == 0 or width * height > max_pixels:
+            width, height, start = 0, 0, 0
+            others += 1
+        plain[n], raw_starts[n] = width > 0 and start == 0, start
         sizes[n, 0], sizes[n, 1] = width, height
+    return others
 
 
 @njit(nogil=True, cache=True, error_model="numpy")

@@ -134,7 +134,7 @@ class Pipeline:
                     break
                 buffer.wait()
                 count = len(request.index)
-                chunk = max(1, count // (4 * self._num_threads))
+                chunk = max(1, count // (2 * self._num_threads))
                 starts = range(0, count, chunk)
                 work = Work(number, request, buffer, pending=len(starts))
                 self._prepare(work)

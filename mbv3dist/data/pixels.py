@@ -46,15 +46,19 @@ class Pictures:
         self._is_plain = np.zeros(count, np.bool_)
         self._raw_starts = np.zeros(count, np.int64)
         self.errors: dict[int, ValueError] = {}
+        num_others = count
         if not nvimgcodec.problem():
-            scan_headers(
-                self._addresses, self._lengths, self.sizes, self._is_plain, self._raw_starts
+            num_others = scan_headers(
+                self._addresses,
+                self._lengths,
+                self.sizes,
+                self._is_plain,
+                self._raw_starts,
+                MAX_PIXELS,
             )
-            fits = self.sizes[:, 0].astype(np.int64) * self.sizes[:, 1] <= MAX_PIXELS
-            self._is_plain &= fits
-            self._raw_starts *= fits
         self._others: dict[int, Picture] = {}
-        self._open_rest()
+        if num_others:
+            self._open_rest()
 
     def _open(self, place: int) -> None:
         """Let Pillow look at a picture."""
@@ -88,9 +92,9 @@ class Pictures:
         """
         if self._is_plain.any():
             decoder = jpeg.thread_decoder()
-            regions = self.regions(src, dst)
-            decoder.reserve(int(_num_bytes(regions)[self._is_plain].max()))
-            _draw_jpegs(
+            regions = np.empty((len(src), 4), np.int64)
+            decoder.reserve(_find_regions(self.sizes, src, dst, self._is_plain, regions))
+            num_refused = _draw_jpegs(
                 decoder.words,
                 decoder.view,
                 decoder.info,
@@ -107,7 +111,8 @@ class Pictures:
                 canvases,
                 places,
             )
-            self._open_rest()
+            if num_refused:
+                self._open_rest()
         if self._raw_starts.any():
             _draw_raw(
                 self._addresses,
@@ -198,7 +203,7 @@ class Pictures:
     def regions(self, src: np.ndarray, dst: np.ndarray) -> np.ndarray:
         """Return the pixels that views need, int64 [n, 4], xyxy; arguments as in `draw`."""
         regions = np.empty((len(src), 4), np.int64)
-        _find_regions(self.sizes, src, dst, regions)
+        _find_regions(self.sizes, src, dst, self._is_plain, regions)
         return regions
 
     @property
@@ -230,11 +235,18 @@ def _num_bytes(regions: np.ndarray) -> np.ndarray:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def _find_regions(sizes: np.ndarray, src: np.ndarray, dst: np.ndarray, regions: np.ndarray) -> None:
+def _find_regions(
+    sizes: np.ndarray, src: np.ndarray, dst: np.ndarray, plain: np.ndarray, regions: np.ndarray
+) -> int:
+    """Write all regions; returns the most bytes of a plain JPEG's."""
+    most = 0
     for n in range(len(sizes)):
         x0, x1 = reach(src[n, 0], src[n, 2], dst[n, 2] - dst[n, 0], sizes[n, 0])
         y0, y1 = reach(src[n, 1], src[n, 3], dst[n, 3] - dst[n, 1], sizes[n, 1])
         regions[n, 0], regions[n, 1], regions[n, 2], regions[n, 3] = x0, y0, x1, y1
+        if plain[n]:
+            most = max(most, 3 * (x1 - x0) * (y1 - y0))
+    return most
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -275,19 +287,22 @@ def _draw_jpegs(
     fill: np.ndarray,
     canvases: np.ndarray,
     places: np.ndarray,
-) -> None:
-    """Draw the plain ones; those that cannot be decoded are plain no more."""
+) -> int:
+    """Draw the plain ones; those that cannot be decoded are plain no more: returns how many."""
+    refused = 0
     for n in range(len(plain)):
         if not plain[n]:
             continue
         x0, y0, x1, y1 = regions[n, 0], regions[n, 1], regions[n, 2], regions[n, 3]
         if not jpeg.decode_region(words, view, info, addresses[n], lengths[n], x0, y0, x1, y1):
             plain[n] = False
+            refused += 1
             continue
         width, height = x1 - x0, y1 - y0
         region = pixels[: 3 * width * height].reshape(height, 3 * width)
         picture = (np.int64(sizes[n, 0]), np.int64(sizes[n, 1]))
         draw_region(region, (x0, y0), picture, src[n], dst[n], flips[n], fill, canvases[places[n]])
+    return refused
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
