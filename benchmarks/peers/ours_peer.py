@@ -128,14 +128,14 @@ def deliver(request: Request) -> Delivery:
 
 def _watch_reader() -> None:
     """Have this process's readers remember which samples they read."""
-    read = Reader.read
+    read_chunk = Reader.read_chunk
 
-    def watched(self: Reader, index: int, **options: Any) -> Any:
-        _TOUCHED.append(int(index))
-        return read(self, index, **options)
+    def watched(self: Reader, indices: Any, first: Any) -> Any:
+        _TOUCHED.extend(int(index) for index in indices)
+        return read_chunk(self, indices, first)
 
     vars_of_reader: Any = Reader
-    vars_of_reader.read = watched
+    vars_of_reader.read_chunk = watched
 
 
 def read(place: Path, variant: str) -> Iterator[tuple[int, bytes] | None]:

@@ -24,8 +24,8 @@ from mbv3dist.data.cache_room import NOT_NEEDED, ROOM_POLL_S, Room
 from mbv3dist.data.cache_shards import RangedShard, WholeShard
 from mbv3dist.data.index import Split
 from mbv3dist.data.needs import Need
-from mbv3dist.data.reader import ShardBytes
 from mbv3dist.data.remote import Remote, RemoteError
+from mbv3dist.data.shards import ShardBytes
 
 DEFAULT_LIMIT_BYTES = 64 * 10**9
 _POLL_S = 0.02  # how often a file that another process makes is looked for

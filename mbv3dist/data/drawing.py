@@ -1,17 +1,15 @@
 """How samples become places of a batch: read, view, decode, in any thread and order.
 
-`Drawing.draw` is the walk of a chunk of samples. Python touches each sample only to read it and to
-parse its target; headers, views and pixels are one compiled call a chunk each, without the GIL, so
+`Drawing.draw` is the walk of a chunk of samples. Python touches each sample only to read it;
+targets, headers, views and pixels are one compiled call a chunk each, without the GIL, so
 that many threads decode while one trains. Everything random is keyed by (seed, epoch, sample):
 pixels never depend on the number of threads, the prefetch depth, the rank or the world size.
 """
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -26,10 +24,9 @@ from mbv3dist.data.pipeline import Buffer, Pipeline, Work
 from mbv3dist.data.pixels import Pictures, decode_region
 from mbv3dist.data.plan import StepPlan
 from mbv3dist.data.reader import Reader
-from mbv3dist.data.target import Target, parse_target
+from mbv3dist.data.target import Target
+from mbv3dist.data.targets import Targets, parse_targets, size_errors
 from mbv3dist.data.view_kernels import ViewMaker, Views
-
-_NO_BOXES = np.zeros((0, 4), np.float32)
 
 
 class ErrorBudget:
@@ -130,27 +127,55 @@ class Drawing:
             What went wrong, by place.
         """
         parts = self._parts[work.number]
-        errors: dict[int, BaseException] = {}
-        damaged: dict[int, DamagedShardError] = {}
-        samples = self._read(work.request, places, errors, damaged)
-        pictures = self._open(samples, damaged)
-        if samples:
+        request = work.request
+        indices = request.index[places.start : places.stop].tolist()
+        first = (request.epoch[places.start : places.stop] == self.first_epoch).tolist()
+        members, problems = self.reader.read_chunk(indices, first)
+        targets, wrong = parse_targets(members, self.split.task, num_classes=self.num_classes)
+        pictures = Pictures(members.pictures, members.addresses[:, 0])
+        wrong |= pictures.errors
+        if self.split.task == "detection":
+            wrong |= size_errors(targets, pictures.sizes, wrong)
+        problems |= {members.places[n]: error for n, error in wrong.items()}
+        if wrong:  # again, without those
+            good = [n for n in range(len(members.places)) if n not in wrong]
+            members = members.select(good)
+            targets, _ = parse_targets(members, self.split.task, num_classes=self.num_classes)
+            pictures = Pictures(members.pictures, members.addresses[:, 0])
+        if members.places:
+            at = np.array(members.places) + places.start
             # What the maker of views refuses is the recipe, not a sample.
-            at = np.array([sample.place for sample in samples])
-            views, starts = self._make_views(work.request, samples, at, pictures.sizes)
+            views = self._make_views(request, at, pictures.sizes, targets)
             self._draw_pixels(pictures, views, at, parts)
-            for n, error in pictures.errors.items():
-                damaged[samples[n].place] = self._damage(samples[n], error)
+            problems |= {members.places[n]: error for n, error in pictures.errors.items()}
             parts.size[at] = pictures.sizes[:, ::-1]
             parts.view[at] = views.vectors()
             parts.color[at] = views.color
-            self._put_targets(samples, views, starts, parts)
-        for place, error in damaged.items():
+            self._put_targets(at, targets, views, parts)
+        return self._settle(places, indices, problems, parts)
+
+    def _settle(
+        self,
+        places: range,
+        indices: list[int],
+        problems: dict[int, BaseException],
+        parts: _Parts,
+    ) -> dict[int, BaseException]:
+        """Blank what is damaged, as far as the budget goes; return what cannot go on, by place."""
+        errors: dict[int, BaseException] = {}
+        for n, error in problems.items():
+            place = places.start + n
+            parts.blank(place, self.view.fill)
+            if not isinstance(error, ValueError):  # a disk, a server, a fault
+                errors[place] = error
+                continue
+            if not isinstance(error, DamagedShardError):
+                reason, error = error, self.reader.damage(indices[n], str(error))
+                error.__cause__ = reason
             try:
-                self.budget.add(int(work.request.index[place]), error)
+                self.budget.add(indices[n], error)
             except DamagedShardError as refused:
                 errors[place] = refused
-            parts.blank(place, self.view.fill)
         return errors
 
     def _draw_pixels(self, pictures: Pictures, views: Views, at: np.ndarray, parts: _Parts) -> None:
@@ -176,87 +201,32 @@ class Drawing:
             for n, place in enumerate(at.tolist()):
                 parts.data[place] = pictures.data[n]
 
-    def _read(
-        self,
-        request: StepPlan,
-        places: range,
-        errors: dict[int, BaseException],
-        damaged: dict[int, DamagedShardError],
-    ) -> list[_Sample]:
-        """Return the samples that can be read and whose targets make sense."""
-        samples = []
-        for place in places:
-            index = int(request.index[place])
-            try:
-                first = int(request.epoch[place]) == self.first_epoch
-                data, target_data = self.reader.read(index, first=first)
-                try:
-                    target = parse_target(
-                        target_data, self.split.task, num_classes=self.num_classes
-                    )
-                except ValueError as error:
-                    raise self.reader.damage(index, str(error)) from error
-                samples.append(_Sample(place, index, data, target))
-            except DamagedShardError as error:
-                damaged[place] = error
-            except BaseException as error:
-                errors[place] = error
-        return samples
-
-    def _open(self, samples: list[_Sample], damaged: dict[int, DamagedShardError]) -> Pictures:
-        """Open the pictures; samples whose picture is damaged, or is another, leave the list."""
-        pictures = Pictures([sample.data for sample in samples])
-        problems = dict(pictures.errors)
-        if self.split.task == "detection":
-            for n, (sample, size) in enumerate(zip(samples, pictures.sizes.tolist(), strict=True)):
-                if [sample.target.width, sample.target.height] != size:
-                    problems.setdefault(n, _size_error(sample.target, *size))
-        if not problems:
-            return pictures
-        for n in sorted(problems, reverse=True):
-            sample = samples.pop(n)
-            damaged[sample.place] = self._damage(sample, problems[n])
-        return Pictures([sample.data for sample in samples])
-
-    def _damage(self, sample: _Sample, problem: ValueError) -> DamagedShardError:
-        error = self.reader.damage(sample.index, str(problem))
-        error.__cause__ = problem
-        return error
-
     def _make_views(
-        self, request: StepPlan, samples: list[_Sample], at: np.ndarray, sizes: np.ndarray
-    ) -> tuple[Views, np.ndarray]:
-        """Draw the samples' views; also returns where each one's boxes start, int64 [n + 1]."""
-        starts = np.zeros(len(samples) + 1, np.int64)
-        boxes = _NO_BOXES
-        if self.split.task == "detection":
-            starts[1:] = list(itertools.accumulate(len(sample.target.boxes) for sample in samples))
-            boxes = np.concatenate([sample.target.boxes for sample in samples])
+        self, request: StepPlan, at: np.ndarray, sizes: np.ndarray, targets: Targets
+    ) -> Views:
         # A sample that comes twice in an epoch is drawn in two ways.
         drawn = request.index[at] + (request.copy[at] << COPY_SHIFT)
-        views = self._maker.make(request.epoch[at], drawn, sizes, boxes, starts)
-        return views, starts
+        return self._maker.make(request.epoch[at], drawn, sizes, targets.boxes, targets.starts)
 
-    def _put_targets(
-        self, samples: list[_Sample], views: Views, starts: np.ndarray, parts: _Parts
-    ) -> None:
+    def _put_targets(self, at: np.ndarray, targets: Targets, views: Views, parts: _Parts) -> None:
         """Write what is known about each picture, with its boxes on the canvas."""
-        if self.drop_boxes and len(views.boxes):
+        parts.label[at] = targets.classes
+        if self.split.task == "classification" and self.drop_boxes:
+            return
+        if self.drop_boxes:
             np.clip(views.boxes, 0.0, float(self.size), out=views.boxes)
-        bounds = starts.tolist()
-        for sample, first, last in zip(samples, bounds[:-1], bounds[1:], strict=True):
-            target, place = sample.target, sample.place
-            parts.label[place] = target.label
+        bounds = targets.starts.tolist()
+        for n, (place, first, last) in enumerate(
+            zip(at.tolist(), bounds[:-1], bounds[1:], strict=True)
+        ):
+            own = slice(first, last)
+            labels, difficult = targets.labels[own], targets.difficult[own]
             if not self.drop_boxes:
-                parts.objects[place] = (views.boxes[first:last], target.labels, target.difficult)
-                parts.targets[place] = target
+                parts.objects[place] = (views.boxes[own], labels, difficult)
+                parts.targets[place] = targets.one(n)
             elif last > first:
-                keep = views.keep[first:last]
-                parts.objects[place] = (
-                    views.boxes[first:last][keep],
-                    target.labels[keep],
-                    target.difficult[keep],
-                )
+                keep = views.keep[own]
+                parts.objects[place] = (views.boxes[own][keep], labels[keep], difficult[keep])
 
     def finish(self, work: Work) -> Batch:
         """Return the batch of a work whose places are all drawn."""
@@ -322,16 +292,6 @@ class Drawing:
         )
 
 
-@dataclass
-class _Sample:
-    """A sample that was read: its place in the batch, and what it is."""
-
-    place: int
-    index: int
-    data: memoryview
-    target: Target
-
-
 class _Parts:
     """What the threads write, each at its samples' places."""
 
@@ -378,11 +338,3 @@ def _pad_objects(
             count = len(item[0])
             boxes[place, :count], labels[place, :count], difficult[place, :count] = item
     return boxes, labels, difficult
-
-
-def _size_error(target: Target, width: int, height: int) -> ValueError:
-    """Boxes that were made for a picture of another size."""
-    return ValueError(
-        f"the picture has {width} x {height} pixels, its .json member says "
-        f"{target.width} x {target.height}"
-    )

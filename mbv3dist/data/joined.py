@@ -13,7 +13,7 @@ import numpy as np
 from mbv3dist.data.index import Shard, ShardTable, Split, open_split
 from mbv3dist.data.manifest import Table
 from mbv3dist.data.passes import BalancedPass, Pass, WeightedPass
-from mbv3dist.data.reader import ShardBytes, ShardStore
+from mbv3dist.data.shards import ShardBytes, ShardStore
 
 
 class _JoinedTable(ShardTable):

@@ -32,16 +32,12 @@ class Pictures:
         errors: What is wrong with a picture, by its place in the chunk.
     """
 
-    def __init__(self, data: Sequence[memoryview]):
-        """Parse the headers."""
+    def __init__(self, data: Sequence[memoryview], addresses: np.ndarray | None = None):
+        """Parse the headers; `addresses` int64 [n] are those of the data, if they are known."""
         count = len(data)
         self.data = data
-        self._addresses = np.empty(count, np.int64)
-        self._lengths = np.empty(count, np.int64)
-        for place, item in enumerate(data):
-            array = np.frombuffer(item, np.uint8) if len(item) else np.zeros(1, np.uint8)
-            self._addresses[place] = array.__array_interface__["data"][0]
-            self._lengths[place] = len(item)
+        self._lengths = np.array([len(item) for item in data], np.int64)
+        self._addresses = _addresses(data) if addresses is None else addresses
         self.sizes = np.zeros((count, 2), np.int32)
         self._is_plain = np.zeros(count, np.bool_)
         self._raw_starts = np.zeros(count, np.int64)
@@ -216,6 +212,13 @@ class Pictures:
         for place in np.flatnonzero(~self._is_plain & (self._raw_starts == 0)).tolist():
             if place not in self._others and place not in self.errors:
                 self._open(place)
+
+
+def _addresses(data: Sequence[memoryview]) -> np.ndarray:
+    """Return where the bytes lie, int64 [n]; of empty ones anything."""
+    arrays = [np.frombuffer(item, np.uint8) for item in data if len(item)]
+    places = iter([array.__array_interface__["data"][0] for array in arrays])
+    return np.array([next(places) if len(item) else 0 for item in data], np.int64)
 
 
 def decode_region(data: memoryview, region: np.ndarray) -> np.ndarray:

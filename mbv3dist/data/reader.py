@@ -8,18 +8,17 @@ needed; the number held open is bounded, the one longest unused goes first.
 
 from __future__ import annotations
 
-import os
 import threading
 import zlib
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import NamedTuple
 
 import numpy as np
 
-from mbv3dist.data.files import UnusableFileError, open_regular
+from mbv3dist.data.files import UnusableFileError
 from mbv3dist.data.idx import (
     DamagedShardError,
     ShardIndex,
@@ -27,99 +26,17 @@ from mbv3dist.data.idx import (
     read_idx,
 )
 from mbv3dist.data.index import Split
+from mbv3dist.data.members import check_headers
 from mbv3dist.data.shard_checks import BLOCK, header_problem, index_problem, read_checksums
+from mbv3dist.data.shards import LocalShards, ShardBytes, ShardStore, is_changed
 from mbv3dist.data.target import Target, parse_target
 from mbv3dist.messages import one_line
 
-__all__ = ["DamagedShardError", "Reader", "ShardBytes", "ShardStore"]
+__all__ = ["DamagedShardError", "Members", "Reader"]
 
 # An open shard is a file descriptor; half of the usual limit of 1024 leaves room for all else.
 MAX_OPEN_SHARDS = 512
 VERIFY = ("open", "first", "always")
-
-
-class ShardBytes(Protocol):
-    """One open shard; safe to share between threads."""
-
-    num_bytes: int
-
-    def read_at(self, offset: int, size: int) -> bytes:
-        """Bytes from an offset on; fewer than `size` at the end of the file."""
-
-    def close(self) -> None:
-        """Let go of it; nobody reads any more."""
-
-
-class ShardStore(Protocol):
-    """Where the shards of a split are had from: this machine's disk, or a cache of remote ones."""
-
-    def open(self, shard: int) -> ShardBytes:
-        """Open a shard; blocks until it is there."""
-
-    def idx_path(self, shard: int) -> Path:
-        """Its ``.idx`` as a local file."""
-
-    def crc_path(self, shard: int) -> Path:
-        """Its ``.crc`` as a local file."""
-
-    def advance(self, step: int) -> list[int]:
-        """Steps before `step` are done: the shards that nobody needs any more."""
-
-    def close(self) -> None:
-        """Stop all work."""
-
-
-class LocalShards:
-    """The store of a split on a local or network disk."""
-
-    def __init__(self, split: Split):
-        self._split = split
-
-    def open(self, shard: int) -> ShardBytes:
-        """As `ShardStore.open`."""
-        return LocalShard(self._split.shards[shard].path)
-
-    def idx_path(self, shard: int) -> Path:
-        """As `ShardStore.idx_path`."""
-        return self._split.shards[shard].path.with_suffix(".idx")
-
-    def crc_path(self, shard: int) -> Path:
-        """As `ShardStore.crc_path`."""
-        return self._split.shards[shard].path.with_suffix(".crc")
-
-    def advance(self, step: int) -> list[int]:
-        """Nothing has to be let go of early."""
-        return []
-
-    def close(self) -> None:
-        """Nothing to stop."""
-
-
-class LocalShard:
-    """An open tar."""
-
-    def __init__(self, path: Path):
-        self._file = open_regular(path)
-        status = os.fstat(self._file)
-        self.num_bytes = status.st_size
-        self._opened_as = status.st_size, status.st_mtime_ns
-
-    def read_at(self, offset: int, size: int) -> bytes:
-        """As `ShardBytes.read_at`."""
-        return os.pread(self._file, size, offset)
-
-    @property
-    def is_changed(self) -> bool:
-        """Whether somebody wrote to the file since it was opened."""
-        status = os.fstat(self._file)
-        return (status.st_size, status.st_mtime_ns) != self._opened_as
-
-    def close(self) -> None:
-        """Nothing yet: a thread may be reading; the last reference closes the file."""
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file") and os is not None:  # at exit, modules go first
-            os.close(self._file)
 
 
 @dataclass
@@ -136,6 +53,12 @@ class _OpenShard:
         # Python's ints out of a memoryview come five times as fast as out of an array.
         self._columns = [np.ascontiguousarray(column).data for column in columns]
 
+        # The names behind the keys, for members.check_headers.
+        names = [
+            name.encode("ascii").ljust(8, b"\0") for name in (index.image_ext, index.target_ext)
+        ]
+        self.extensions = list(b"".join(names))
+
     def span(self, position: int) -> tuple[int, int, int, int]:
         """Return offset and size of a sample's picture and of its target."""
         image_offset, image_size, target_offset, target_size = self._columns
@@ -145,6 +68,62 @@ class _OpenShard:
             target_offset[position],
             target_size[position],
         )
+
+
+class _Found(NamedTuple):
+    """A sample's bytes, `start` in its shard on."""
+
+    place: int
+    number: int
+    position: int
+    shard: _OpenShard
+    data: bytes
+    start: int
+
+
+@dataclass
+class Members:
+    """The members of n samples in memory.
+
+    Attributes:
+        places: Which of those asked for they are.
+        pictures: Their pictures.
+        targets: Their targets.
+        addresses: int64 [n, 2], of the first bytes of picture and target.
+        sizes: int64 [n, 2], bytes of both.
+    """
+
+    places: list[int]
+    pictures: list[memoryview]
+    targets: list[memoryview]
+    addresses: np.ndarray
+    sizes: np.ndarray
+
+    def select(self, chosen: list[int]) -> Members:
+        """Return some of them."""
+        return Members(
+            [self.places[n] for n in chosen],
+            [self.pictures[n] for n in chosen],
+            [self.targets[n] for n in chosen],
+            self.addresses[chosen],
+            self.sizes[chosen],
+        )
+
+
+def _members(found: list[_Found]) -> Members:
+    count = len(found)
+    addresses, sizes = np.empty((count, 2), np.int64), np.empty((count, 2), np.int64)
+    pictures, targets = [], []
+    for n, item in enumerate(found):
+        _, image_size, target_offset, target_size = item.shard.span(item.position)
+        second = target_offset - item.start
+        view = memoryview(item.data)
+        base = np.frombuffer(view, np.uint8).__array_interface__["data"][0]
+        addresses[n] = base + BLOCK, base + second
+        sizes[n] = image_size, target_size
+        pictures.append(view[BLOCK : BLOCK + image_size])
+        targets.append(view[second : second + target_size])
+    return Members([item.place for item in found], pictures, targets, addresses, sizes)
 
 
 @dataclass
@@ -200,19 +179,14 @@ class Reader:
             ValueError: if there is no such sample.
             OSError: if a disk or server fails.
         """
-        number, position = self.split.locate(index)
-        shard = self._shard(number)
-        table, source = shard.index, shard.bytes
-        image_offset, image_size, target_offset, target_size = shard.span(position)
-        start = image_offset - BLOCK
-        end = target_offset + target_size
-        data = source.read_at(start, end - start)
-        if len(data) < end - start:
-            reason = f"the tar ends at byte {start + len(data)}; it was cut short while it was read"
-            raise self.damage(index, reason)
+        found = self._fetch(index)
+        number, position, data, start = found.number, found.position, found.data, found.start
+        shard, table = found.shard, found.shard.index
+        _, image_size, target_offset, target_size = shard.span(position)
         key = format_key(table.first_key + position).encode("ascii")
         checked = self.verify == "always" or (self.verify == "first" and first)
-        checksums = self._checksums(number, shard) if checked or _is_changed(source) else None
+        checked = checked or is_changed(shard.bytes)
+        checksums = self._checksums(number, shard) if checked else None
         whole = memoryview(data)
         members: list[memoryview] = []
         for offset, size, extension in (
@@ -238,6 +212,75 @@ class Reader:
                     )
             members.append(member)
         return members[0], members[1]
+
+    def read_chunk(
+        self, indices: Sequence[int], first: Sequence[bool]
+    ) -> tuple[Members, dict[int, BaseException]]:
+        """Read many samples, with the checks of `read`.
+
+        Args:
+            indices: Pack indices.
+            first: Whether each is read for the first time in the run.
+
+        Returns:
+            The members of those that can be read, and what `read` raises for the others, by
+            their place in `indices`.
+        """
+        errors: dict[int, BaseException] = {}
+        found: list[_Found] = []
+        for place, index in enumerate(indices):
+            try:
+                found.append(self._fetch(index, place))
+            except Exception as error:
+                errors[place] = error
+        members = _members(found)
+        good = np.empty(len(found), np.bool_)
+        keys = np.array([item.shard.index.first_key + item.position for item in found], np.int64)
+        extensions = np.array([item.shard.extensions for item in found], np.uint8)
+        bad = check_headers(
+            members.addresses, members.sizes, keys, extensions.reshape(-1, 2, 8), good
+        )
+        sources = {item.number: item.shard.bytes for item in found}
+        changed = {number for number, source in sources.items() if is_changed(source)}
+        for n, item in enumerate(found):
+            checked = self.verify == "always" or (self.verify == "first" and first[item.place])
+            if checked or item.number in changed:
+                try:
+                    good[n] &= self._has_checksums(item, members, n)
+                except Exception as error:
+                    errors[item.place] = error
+            bad += not good[n]
+        if bad or errors:
+            # Once more, one by one: `read` says what is wrong.
+            for n, item in enumerate(found):
+                if not good[n] and item.place not in errors:
+                    try:
+                        self.read(indices[item.place], first=first[item.place])
+                    except Exception as error:
+                        errors[item.place] = error
+                    else:
+                        reason = "it was changed while it was read"
+                        errors[item.place] = self.damage(indices[item.place], reason)
+            members = _members([item for item in found if item.place not in errors])
+        return members, errors
+
+    def _fetch(self, index: int, place: int = 0) -> _Found:
+        """Read a sample's bytes, from the header of its picture to the end of its target."""
+        number, position = self.split.locate(index)
+        shard = self._shard(number)
+        image_offset, _, target_offset, target_size = shard.span(position)
+        start = image_offset - BLOCK
+        size = target_offset + target_size - start
+        data = shard.bytes.read_at(start, size)
+        if len(data) < size:
+            reason = f"the tar ends at byte {start + len(data)}; it was cut short while it was read"
+            raise self.damage(index, reason)
+        return _Found(place, number, position, shard, data, start)
+
+    def _has_checksums(self, item: _Found, members: Members, n: int) -> bool:
+        checksums = self._checksums(item.number, item.shard)
+        expected = checksums[2 * item.position : 2 * item.position + 2].tolist()
+        return bool(expected == [zlib.crc32(members.pictures[n]), zlib.crc32(members.targets[n])])
 
     def target(self, index: int) -> Target:
         """Return a sample's parsed target; errors as in ``read``."""
@@ -353,7 +396,3 @@ def default_store(split: Split) -> ShardStore:
     from mbv3dist.data.cache import on_demand_cache
 
     return on_demand_cache(split)
-
-
-def _is_changed(source: ShardBytes) -> bool:
-    return isinstance(source, LocalShard) and source.is_changed

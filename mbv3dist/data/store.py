@@ -10,7 +10,7 @@ from pathlib import Path
 from mbv3dist.data.index import Split
 from mbv3dist.data.joined import JoinedShards, JoinedSplit
 from mbv3dist.data.needs import Need
-from mbv3dist.data.reader import LocalShards, ShardStore
+from mbv3dist.data.shards import LocalShards, ShardStore
 from mbv3dist.data.urls import default_cache_dir
 
 DEFAULT_CACHE_BYTES = 64 * 10**9

@@ -23,6 +23,7 @@ from mbv3dist.data.plan import Plan
 from mbv3dist.data.reader import Reader
 from mbv3dist.data.views import vector_to_source
 from tests.resized import resized
+from tests.rewritten import rewrite_members
 
 SSD = ViewConfig(name="ssd", brightness=0.2, hue=0.1)
 CROP = ViewConfig(name="random_resized_crop")
@@ -263,13 +264,10 @@ def test_the_buffer_is_reused_and_memory_bounded(voc):
 
 
 def test_an_unreadable_sample_is_named(folder, monkeypatch):
-    original = Reader.read
+    def damaged(index, data, target):
+        return (data[: len(data) // 2] if index in (5, 20) else data), target
 
-    def damaged(self, index, **options):
-        data, target = original(self, index, **options)
-        return (memoryview(bytes(data)[: len(data) // 2]) if index in (5, 20) else data), target
-
-    monkeypatch.setattr(Reader, "read", damaged)
+    rewrite_members(monkeypatch, damaged)
     plan = make_plan(folder, batch=37)
     order = plan.step(0).index.tolist()
     first = min((5, 20), key=order.index)
@@ -291,12 +289,11 @@ def test_a_wrong_recipe_is_not_called_damage(folder):
 
 
 def test_wrong_targets_are_named(folder, voc, monkeypatch):
-    original = Reader.read
-    monkeypatch.setattr(Reader, "read", lambda self, i, **k: (original(self, i)[0], b"7"))
+    rewrite_members(monkeypatch, lambda index, data, target: (data, b"7"))
     with pytest.raises(DamagedShardError, match="class number 7 for 3 classes"):
         list(make_loader(folder, view=CROP))
     wrong = b'{"width": 9, "height": 9, "boxes": [], "labels": [], "difficult": []}'
-    monkeypatch.setattr(Reader, "read", lambda self, i, **k: (original(self, i)[0], wrong))
+    rewrite_members(monkeypatch, lambda index, data, target: (data, wrong))
     with pytest.raises(DamagedShardError, match=r"80 x 60 pixels, its .json member says 9 x 9"):
         list(make_loader(voc, view=SSD))
 

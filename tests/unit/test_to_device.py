@@ -15,8 +15,8 @@ from mbv3dist.data.index import open_split
 from mbv3dist.data.loader import Loader
 from mbv3dist.data.packed import MAX_CANVASES
 from mbv3dist.data.plan import Plan
-from mbv3dist.data.reader import Reader
 from mbv3dist.training.to_device import ToDevice, check_decode, choose_for_run
+from tests.rewritten import rewrite_members
 
 CPU = torch.device("cpu")
 SIZE = 48
@@ -139,13 +139,10 @@ def test_files_are_decoded_by_the_device(split, monkeypatch):
 @pytest.fixture
 def damaged(monkeypatch):
     """Sample 4 is cut off, behind the back of its checksum."""
-    original = Reader.read
-
-    def cut(self, index, **options):
-        picture, target = original(self, index, **options)
-        return (picture[: len(picture) // 3], target) if index == 4 else (picture, target)
-
-    monkeypatch.setattr(Reader, "read", cut)
+    rewrite_members(
+        monkeypatch,
+        lambda index, data, target: (data[: len(data) // 3] if index == 4 else data, target),
+    )
 
 
 @pytest.mark.parametrize("decode", ["cpu", "hybrid"])
