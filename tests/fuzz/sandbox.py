@@ -6,6 +6,7 @@ the sandbox's folders are compared besides, for what native code might do.
 
 from __future__ import annotations
 
+import io
 import linecache
 import os
 import re
@@ -20,6 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
+
+import numpy as np
+from PIL import Image
 
 import mbv3dist
 
@@ -155,11 +159,49 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
         _watch.note(event, arguments)
 
 
+def _load_compiled_code() -> None:
+    """Have Numba compile what is compiled, or unpickle it from its cache, before we watch."""
+    from mbv3dist.config import ViewConfig
+    from mbv3dist.data.decode import Picture
+    from mbv3dist.data.members import check_headers
+    from mbv3dist.data.pixels import Pictures
+    from mbv3dist.data.reader import Members
+    from mbv3dist.data.targets import parse_targets
+    from mbv3dist.data.view_kernels import ViewMaker
+    from mbv3dist.data.views import View
+
+    jpeg, raw = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (16, 16)).save(jpeg, "JPEG")
+    np.save(raw, np.zeros((16, 16, 3), np.uint8))
+    files = [memoryview(jpeg.getvalue()), memoryview(raw.getvalue())]
+    ones = np.ones(2, np.int64)
+    boxes = np.ones((2, 4), np.float32)
+    maker = ViewMaker(ViewConfig(name="ssd"), size=16, seed=0)
+    views = maker.make(ones, ones, np.full((2, 2), 16, np.int32), boxes, np.arange(3))
+    canvases = np.zeros((2, 16, 16, 3), np.uint8)
+    Pictures(files).draw(
+        views.src, views.dst, views.flip, canvases=canvases, places=np.arange(2), fill=(0, 0, 0)
+    )
+    Picture(files[0]).draw(View((0, 0, 16, 16), (0, 0, 16, 16)), canvases[0])
+    address = np.frombuffer(files[0], np.uint8).__array_interface__["data"][0]
+    members = Members([0], files[:1], files[:1], np.full((1, 2), address), np.ones((1, 2), int))
+    for task in ("classification", "detection"):
+        parse_targets(members, task, num_classes=1)
+    check_headers(
+        np.full((1, 2), address + 512),  # of a buffer that is longer than that
+        np.ones((1, 2), np.int64),
+        np.ones(1, np.int64),
+        np.zeros((1, 2, 8), np.uint8),
+        np.ones(1, np.bool_),
+    )
+
+
 @contextmanager
 def watched(box: Path) -> Iterator[Watch]:
     """Watch this process; only files under the sandbox's ``out`` may be written."""
     global _watch, _installed
     if not _installed:  # a hook cannot be taken away again
+        _load_compiled_code()
         sys.addaudithook(_hook)
         _installed = True
     watch = Watch(box)

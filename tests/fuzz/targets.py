@@ -76,10 +76,11 @@ def run_picture(case: Case, box: Path, seeds: Seeds) -> bool:
 
 
 def run_view(case: Case, box: Path, seeds: Seeds) -> bool:
-    """Decode a picture as training does, and draw a view of it."""
+    """Decode a picture as training does, by Pillow and by the fast lane, and draw a view of it."""
     from mbv3dist.config import ViewConfig
     from mbv3dist.data.decode import Picture
     from mbv3dist.data.draws import Draws
+    from mbv3dist.data.pixels import Pictures
     from mbv3dist.data.views import make_view
 
     seed = case.options["seed"]
@@ -90,7 +91,19 @@ def run_view(case: Case, box: Path, seeds: Seeds) -> bool:
     draws = Draws(seed, epoch=0, sample=0)
     config = ViewConfig(name=name)  # type: ignore[arg-type]
     view, _ = make_view(config, width=width, height=height, size=32, boxes=boxes, draws=draws)
-    picture.draw(view, np.zeros((32, 32, 3), np.uint8))
+    canvases = np.zeros((1, 32, 32, 3), np.uint8)
+    chunk = Pictures([memoryview(case.files["input"])])
+    require(chunk.sizes.tolist() == [[width, height]], f"{chunk.sizes} for {width} x {height}")
+    chunk.draw(
+        np.array([view.src], np.float64),
+        np.array([view.dst], np.int32),
+        np.array([view.flip]),
+        canvases=canvases,
+        places=np.zeros(1, np.int64),
+        fill=config.fill,
+    )
+    picture.draw(view, canvases[0])  # may find damage below what the view shows
+    require(not chunk.errors, f"{chunk.errors}")
     return True
 
 
