@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from mbv3dist.data import nvimgcodec
+from mbv3dist.data.compiled import compiled
 from mbv3dist.data.nvimgcodec import ImageInfo, Plane, Region, View, check
 
 _SUCCESS = nvimgcodec.SUCCESS
@@ -162,14 +163,14 @@ def _call(_context: Any, address: Any, arguments: Any) -> Any:
     return signature, generate
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def aim(info: np.ndarray, address: int) -> None:
     """Let a decoder write elsewhere than into its own pixels; it must be set back."""
     info[2 * _BUFFER] = np.int32(address & 0xFFFFFFFF)
     info[2 * _BUFFER + 1] = np.int32(address >> 32)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def decode_region(
     words: np.ndarray,
     view: np.ndarray,

@@ -8,8 +8,8 @@ only told apart here, and read again by those files, which say what is wrong, or
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
+from mbv3dist.data.compiled import compiled
 from mbv3dist.data.picture_header import memory
 
 _BLOCK = 512
@@ -24,7 +24,7 @@ _WIDTH, _HEIGHT, _BOXES, _LABELS, _DIFFICULT, _END = (
 _POWERS = np.array([10.0**n for n in range(_MAX_FRACTION + 1)])
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def check_headers(
     addresses: np.ndarray,
     sizes: np.ndarray,
@@ -58,7 +58,7 @@ def check_headers(
     return bad
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _has_name(header: np.ndarray, key: int, extension: np.ndarray) -> bool:
     digits = _KEY_DIGITS
     while key >= 10**digits:
@@ -77,7 +77,7 @@ def _has_name(header: np.ndarray, key: int, extension: np.ndarray) -> bool:
     return False
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _has_size(header: np.ndarray, size: int) -> bool:
     for place in range(_SIZE_DIGITS - 1, -1, -1):
         if header[_SIZE + place] != 0x30 + size % 8:
@@ -86,7 +86,7 @@ def _has_size(header: np.ndarray, size: int) -> bool:
     return size == 0
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def parse_classes(
     addresses: np.ndarray, sizes: np.ndarray, num_classes: int, labels: np.ndarray
 ) -> int:
@@ -107,7 +107,7 @@ def parse_classes(
     return odd
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def parse_boxes(
     addresses: np.ndarray,
     lengths: np.ndarray,
@@ -149,7 +149,7 @@ def parse_boxes(
     return num_odd
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _parse(
     text: np.ndarray,
     num_classes: int,
@@ -199,7 +199,7 @@ def _parse(
     return count if place == len(text) else -1
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _skip(text: np.ndarray, place: int, expected: np.ndarray) -> int:
     """Return the place behind an expected text, or -1."""
     if place < 0 or place + len(expected) > len(text):
@@ -210,7 +210,7 @@ def _skip(text: np.ndarray, place: int, expected: np.ndarray) -> int:
     return place + len(expected)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _item(text: np.ndarray, place: int, number: int) -> tuple[int, int]:
     """Return an integer of a list, and the place behind it or -1; a comma before all but one."""
     if number > 0:
@@ -220,7 +220,7 @@ def _item(text: np.ndarray, place: int, number: int) -> tuple[int, int]:
     return _whole(text, place)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _whole(text: np.ndarray, place: int) -> tuple[int, int]:
     """Return an integer without sign, and the place behind it or -1."""
     if place < 0:
@@ -235,7 +235,7 @@ def _whole(text: np.ndarray, place: int) -> tuple[int, int]:
     return int(value), place
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _number(text: np.ndarray, place: int) -> tuple[float, int]:
     """Return a decimal number, as Python reads it to the last bit, and the place behind or -1."""
     negative = place < len(text) and text[place] == 0x2D

@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import carray, types
 from numba.extending import intrinsic
+
+from mbv3dist.data.compiled import compiled
 
 _SOF = 0xC0  # and C1, C2: Huffman-coded frames of 8 or 12 bits, C2 progressive
 _SOI, _EOI, _SOS, _APP1, _APP14 = 0xD8, 0xD9, 0xDA, 0xE1, 0xEE
@@ -39,14 +41,14 @@ def _pointer(_context: Any, address: Any) -> Any:
     return signature, generate
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def memory(address: int, num_bytes: int) -> np.ndarray:
     """Return bytes in memory as an array, uint8 [num_bytes]; for compiled code only."""
     array: np.ndarray = carray(_pointer(address), (num_bytes,))
     return array
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def scan_headers(
     addresses: np.ndarray,
     lengths: np.ndarray,
@@ -83,7 +85,7 @@ def scan_headers(
     return others
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _scan(data: np.ndarray) -> tuple[int, int]:
     """Return width and height of a plain JPEG, else zeros."""
     none = (0, 0)
@@ -133,7 +135,7 @@ def _scan(data: np.ndarray) -> tuple[int, int]:
     return none
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _starts(data: np.ndarray, name: np.ndarray) -> bool:
     if len(data) < len(name):
         return False
@@ -143,7 +145,7 @@ def _starts(data: np.ndarray, name: np.ndarray) -> bool:
     return same == len(name)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _contains(data: np.ndarray, name: np.ndarray) -> bool:
     for place in range(len(data) - len(name) + 1):
         if data[place] == name[0] and _starts(data[place:], name):
@@ -151,7 +153,7 @@ def _contains(data: np.ndarray, name: np.ndarray) -> bool:
     return False
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _number(data: np.ndarray, place: int, count: int, big: bool) -> int:
     value = 0
     for offset in range(count):
@@ -159,7 +161,7 @@ def _number(data: np.ndarray, place: int, count: int, big: bool) -> int:
     return value
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _is_upright(tiff: np.ndarray) -> bool:
     """Whether EXIF's first directory says that rows and columns are as stored, beyond doubt."""
     if len(tiff) < 14:
@@ -184,7 +186,7 @@ def _is_upright(tiff: np.ndarray) -> bool:
     return True
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _scan_raw(data: np.ndarray) -> tuple[int, int, int]:
     """Return width, height and where pixels begin of a raw picture, else zeros."""
     none = (0, 0, 0)
@@ -208,7 +210,7 @@ def _scan_raw(data: np.ndarray) -> tuple[int, int, int]:
     return width, height, start
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _digits(data: np.ndarray, place: int, end: int) -> tuple[int, int]:
     """Return a number of up to six digits, and where it ends."""
     value = 0

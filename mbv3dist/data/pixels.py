@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numba import njit
 
 from mbv3dist.data import jpeg, nvimgcodec
+from mbv3dist.data.compiled import compiled
 from mbv3dist.data.decode import MAX_PIXELS, Picture
 from mbv3dist.data.packed import MAX_CANVASES, Packing, move_to_region
 from mbv3dist.data.picture_header import memory, scan_headers
@@ -237,7 +237,7 @@ def _num_bytes(regions: np.ndarray) -> np.ndarray:
     return count
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _find_regions(
     sizes: np.ndarray, src: np.ndarray, dst: np.ndarray, plain: np.ndarray, regions: np.ndarray
 ) -> int:
@@ -252,7 +252,7 @@ def _find_regions(
     return most
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _decode_jpegs(
     words: np.ndarray,
     view: np.ndarray,
@@ -273,7 +273,7 @@ def _decode_jpegs(
             )
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _draw_jpegs(
     words: np.ndarray,
     view: np.ndarray,
@@ -308,7 +308,7 @@ def _draw_jpegs(
     return refused
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _draw_raw(
     addresses: np.ndarray,
     starts: np.ndarray,

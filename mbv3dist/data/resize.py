@@ -19,9 +19,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from mbv3dist.data.compiled import compiled
 
 _BITS = 22  # of a weight's fraction: 8 for the pixel and 2 to spare in 32
 _HALF = 1 << (_BITS - 1)
@@ -29,19 +31,19 @@ _BLOCK = 16  # bytes of a row that are blended at once
 _UNROLLED = range(2, 9)  # numbers of taps that have code of their own
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _scale(low: float, high: float, count: int) -> float:
     """Picture pixels per canvas pixel, from a box in float32, as Pillow holds it."""
     return np.float64(np.float32(high) - np.float32(low)) / count
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _most_taps(low: float, high: float, count: int) -> int:
     """Return the room for the weights of one canvas pixel."""
     return int(np.ceil(max(_scale(low, high, count), 1.0))) * 2 + 1
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def reach(low: float, high: float, count: int, side: int) -> tuple[int, int]:
     """Return the first and one past the last picture pixel that [low, high) is made of."""
     scale = _scale(low, high, count)
@@ -52,7 +54,7 @@ def reach(low: float, high: float, count: int, side: int) -> tuple[int, int]:
     return first, last
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _weigh(
     low: float,
     high: float,
@@ -231,7 +233,7 @@ def _blend_blocks(
     return signature, generate
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _blend_rows(
     ring: np.ndarray,
     first: int,
@@ -259,7 +261,7 @@ def _blend_rows(
         out[x] = np.uint8(total >> _BITS)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _fill_around(canvas: np.ndarray, dst: np.ndarray, fill: np.ndarray) -> None:
     """Colour the canvas, uint8 [H, 3 * W], outside of dst."""
     side = canvas.shape[1]
@@ -277,7 +279,7 @@ def _fill_around(canvas: np.ndarray, dst: np.ndarray, fill: np.ndarray) -> None:
                 line[x] = blank[x]
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def draw_region(
     pixels: np.ndarray,
     origin: tuple[int, int],

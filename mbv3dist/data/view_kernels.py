@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
 from mbv3dist.data import draws
+from mbv3dist.data.compiled import compiled
 from mbv3dist.data.views import (
     CROP_TRIES,
     IOU_CROP_RATIO,
@@ -200,7 +201,7 @@ def _high_word(_context: Any, left: Any, right: Any) -> Any:
     return signature, generate
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def philox_block(
     number: np.uint64,
     minor: np.uint64,
@@ -223,7 +224,7 @@ def philox_block(
     return c0, c1, c2, c3
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _fill(stream: np.ndarray, out: np.ndarray) -> None:
     """Write the next stream part's doubles in [0, 1), as `Draws.uniforms`.
 
@@ -238,7 +239,7 @@ def _fill(stream: np.ndarray, out: np.ndarray) -> None:
     stream[4] += np.uint64(1)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _uniform(stream: np.ndarray, ready: np.ndarray, used: np.ndarray) -> float:
     """Return the next double in [0, 1), as `Draws.uniform`."""
     if used[0] == _PER_REFILL:
@@ -249,26 +250,26 @@ def _uniform(stream: np.ndarray, ready: np.ndarray, used: np.ndarray) -> float:
     return float(value)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _integer(stream: np.ndarray, ready: np.ndarray, used: np.ndarray, count: int) -> int:
     return min(int(_uniform(stream, ready, used) * count), count - 1)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _resized(width: int, height: int, shorter: int) -> tuple[int, int]:
     if width <= height:
         return shorter, int(shorter * height / width)
     return int(shorter * width / height), shorter
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _center_offset(length: int, size: int) -> int:
     if length < size:
         return -((size - length) // 2)
     return int(np.rint((length - size) / 2.0))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _crop_axis(
     axis: int, side: int, resized: int, offset: int, size: int, src: np.ndarray, dst: np.ndarray
 ) -> None:
@@ -277,7 +278,7 @@ def _crop_axis(
     dst[axis], dst[axis + 2] = low - offset, high - offset
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _place_axis(
     axis: int,
     start: float,
@@ -296,7 +297,7 @@ def _place_axis(
     dst[axis], dst[axis + 2] = first, last
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _random_resized_crop(
     numbers: np.ndarray,
     width: int,
@@ -329,7 +330,7 @@ def _random_resized_crop(
     src[0], src[1], src[2], src[3] = x, y, x + w, y + h
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _try_crops(
     low: float,
     min_iou: float,
@@ -367,7 +368,7 @@ def _try_crops(
     return False
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _iou_crop(
     numbers: np.ndarray,
     min_ious: np.ndarray,
@@ -400,7 +401,7 @@ def _iou_crop(
     keep[:] = True
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _move_boxes(
     src: np.ndarray,
     dst: np.ndarray,
@@ -436,7 +437,7 @@ def _move_boxes(
         )
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _draw_color(
     numbers: np.ndarray, stream: np.ndarray, random: np.ndarray, color: np.ndarray
 ) -> None:
@@ -455,7 +456,7 @@ def _draw_color(
     color[5] = np.floor(random[10] * 6) if random[9] < swap else 0.0
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _make_views(
     kind: int,
     numbers: np.ndarray,
