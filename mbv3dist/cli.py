@@ -116,6 +116,8 @@ def build_parser() -> argparse.ArgumentParser:
     predict.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     predict.add_argument("--json", action="store_true", help="print one JSON object")
 
+    _add_doctor(command("doctor", _doctor, "Measure this machine; say what bounds training."))
+
     quickstart = command("quickstart", _quickstart, "The whole job on a data set made here.")
     quickstart.add_argument("--out", default="runs/quickstart", help="folder for all of it")
     quickstart.add_argument("--processes", type=_positive, default=2)
@@ -155,7 +157,14 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--val-fraction", type=float, default=0.0, help="share cut off as `val`")
         kind.add_argument("--seed", type=int, default=0)
         kind.add_argument("--resize", type=_positive, help="shrink the shorter side to this")
-        kind.add_argument("--quality", type=int, default=90, help="JPEG quality with --resize")
+        kind.add_argument("--max-side", type=_positive, help="shrink the longer side to this")
+        kind.add_argument("--quality", type=int, default=90, help="JPEG quality of what is shrunk")
+        kind.add_argument(
+            "--format",
+            choices=["jpeg", "raw"],
+            default="jpeg",
+            help="raw: store pixels (.npy); many times the bytes, no decoding in training",
+        )
         kind.add_argument("--on-error", choices=["fail", "skip"], default="fail")
         kind.add_argument("--overwrite", action="store_true", help="replace an existing split")
         kind.add_argument("--workers", type=_positive, help="processes; default: all cores")
@@ -188,6 +197,19 @@ def _add_plan(parser: argparse.ArgumentParser) -> None:
     form.add_argument("--keys", action="store_true", help="one line per step and rank: its keys")
 
 
+def _add_doctor(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("data", nargs="*", help="data set made by convert; default: drawn pictures")
+    parser.add_argument("--recipe", help="YAML file, such as runs/NAME/config.yaml")
+    parser.add_argument("--split", help="default: the recipe's, or train, trainval, the only one")
+    parser.add_argument("--architecture", help="network; default: the recipe's, or Large")
+    parser.add_argument("--batch-size", type=_positive, help="pictures per rank and forward pass")
+    parser.add_argument("--num-threads", type=_positive, help="decoding threads per rank")
+    parser.add_argument("--ranks", type=_positive, help="of this node; default: one per GPU")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--quick", action="store_true", help="a third of the time, less exact")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
 def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
 
@@ -204,7 +226,9 @@ def _convert(args: argparse.Namespace) -> None:
         "val_fraction": args.val_fraction,
         "seed": args.seed,
         "resize": args.resize,
+        "max_side": args.max_side,
         "quality": args.quality,
+        "format": args.format,
         "on_error": args.on_error,
         "workers": args.workers,
         "shard_bytes": args.shard_mb * 2**20,
@@ -242,7 +266,7 @@ def _inspect(args: argparse.Namespace) -> None:
         boxes = f"{split['boxes']} boxes, " if facts["task"] == "detection" else ""
         print(
             f"{name}: {split['samples']} samples, {boxes}{split['shards']} shard(s), "
-            f"{split['bytes'] / 1e6:.1f} MB"
+            f"{split['bytes'] / 1e6:.1f} MB" + (", raw" if split["format"] == "raw" else "")
         )
 
 
@@ -326,6 +350,13 @@ def _predict(args: argparse.Namespace) -> None:
         _print_json(result)
     else:
         print(f"{len(result['pictures'])} picture(s) and predictions.json in {args.out}")
+
+
+def _doctor(args: argparse.Namespace) -> None:
+    from mbv3dist.tools.doctor import print_doctor
+
+    with _progress("measuring") as progress:
+        print_doctor(args, progress=progress)
 
 
 def _quickstart(args: argparse.Namespace) -> None:

@@ -84,6 +84,8 @@ def plan_of(work: Work) -> dict[str, Any]:
         "--seed": work.options.seed,
         "--val-fraction": work.options.val_fraction,
         "--resize": work.settings.resize,
+        "--max-side": work.settings.max_side,
+        "--format": work.settings.format,
         "--quality": work.settings.quality,
         "the shard size": work.options.shard_bytes,
         "the number of pictures": len(work.job.records),

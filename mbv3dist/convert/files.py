@@ -12,9 +12,14 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from mbv3dist.data.files import MAX_PICTURE_BYTES, UnusableFileError, read_bounded
+from mbv3dist.data.files import (
+    MAX_PICTURE_BYTES,
+    UnusableFileError,
+    open_regular,
+    read_bounded,
+)
 
-__all__ = ["MAX_PICTURE_BYTES", "UnusableFileError", "read_bounded"]
+__all__ = ["MAX_PICTURE_BYTES", "UnusableFileError", "open_regular", "read_bounded"]
 
 MAX_XML_BYTES = 8 * 1024 * 1024
 MAX_LIST_BYTES = 256 * 1024 * 1024
@@ -95,6 +100,17 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _is_below(path: str, folder: str) -> bool:
     return path.startswith(folder.rstrip(os.sep) + os.sep)
+
+
+def fill(file: int, offset: int, room: memoryview) -> bool:
+    """Fill the room with a file's bytes from an offset on; return whether there were enough."""
+    done = 0
+    while done < len(room):
+        count = os.preadv(file, [room[done:]], offset + done)
+        if not count:
+            return False
+        done += count
+    return True
 
 
 def check_folder(path: str | Path, out: str | Path) -> Path:

@@ -15,7 +15,6 @@ from mbv3dist.convert.records import (
     Job,
     Options,
     Record,
-    Settings,
     check_classes,
     read_class_file,
 )
@@ -41,9 +40,9 @@ def convert_imagefolder(
         out: Folder of the data set, made if needed, or its s3, gs or hf URL.
         split: Name of the split to write.
         classes: Class names in order; else ``labels.txt`` in ``src``, else the sorted folders.
-        **options: ``val_fraction`` (of each class), ``seed``, ``resize``, ``quality``,
-            ``on_error``, ``workers``, ``shard_bytes``, ``overwrite``, ``progress``, ``part``,
-            ``work``, ``keep_local``: see ``Options``.
+        **options: ``val_fraction`` (of each class), ``seed``, ``resize``, ``max_side``,
+            ``quality``, ``format``, ``on_error``, ``workers``, ``shard_bytes``, ``overwrite``,
+            ``progress``, ``part``, ``work``, ``keep_local``: see ``Options``.
 
     Raises:
         ConversionError: naming every bad file, with ``on_error="fail"``.
@@ -64,7 +63,7 @@ def convert_imagefolder(
     return convert_jobs(
         target,
         cut_validation(_scan(root, split, folders, names), checked),
-        settings=Settings("classification", "folder", checked.resize, checked.quality),
+        settings=checked.settings("classification", "folder"),
         classes=names,
         roots=[root.resolve().name],
         options=checked,

@@ -17,7 +17,7 @@ def inspect_dataset(out: str | Path, splits: Sequence[str] | None = None) -> dic
         splits: Names of the splits; default: all, where files can be listed (not by http).
 
     Returns:
-        {task, classes, splits: {NAME: {samples, boxes, shards, bytes}}}.
+        {task, classes, splits: {NAME: {samples, boxes, shards, bytes, format}}}.
 
     Raises:
         ValueError: if there is no finished split, or splits disagree on task or classes.
@@ -39,6 +39,7 @@ def inspect_dataset(out: str | Path, splits: Sequence[str] | None = None) -> dic
                 "boxes": split.num_boxes,
                 "shards": len(split.shards),
                 "bytes": int(split.shard_bytes.sum()),
+                "format": split.format,
             }
             for split in opened
         },

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mbv3dist.convert.files import show
+from mbv3dist.convert.structure import PlainHeader, plain_header, scan_is_whole
 from mbv3dist.data.formats import PictureError
 
 if TYPE_CHECKING:
@@ -23,24 +24,82 @@ _FULL_CHROMA = 0  # Pillow's number for 4:4:4
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded picture.
+    """A picture that is known to decode in full.
 
     Attributes:
-        image: Upright RGB.
+        size: (width, height), upright.
         clean: Whether the file is an upright RGB JPEG whose bytes can be kept.
         kind: Why not: ``png``, ``webp``, ..., ``cmyk``, ``grayscale``, ``exif_rotated``; ``jpeg``
             if clean.
-        orientation: EXIF orientation that was undone, 1 to 8.
+        orientation: EXIF orientation that is undone, 1 to 8.
         stored_size: (width, height) before that.
         has_alpha: Whether it was laid on white.
+        data: The file's bytes.
+        decoded: Its pixels, upright RGB, if finding that out took decoding.
     """
 
-    image: Image
+    size: tuple[int, int]
     clean: bool
     kind: str
     orientation: int
     stored_size: tuple[int, int]
     has_alpha: bool
+    data: bytes
+    decoded: Image | None = None
+
+    @property
+    def image(self) -> Image:
+        """The pixels, upright RGB."""
+        decoded = self.decoded or load_picture(self.data).decoded
+        assert decoded is not None
+        return decoded
+
+
+def open_picture(data: bytes) -> Picture:
+    """Make sure that a picture file decodes in full: by its structure or, failing that, decoding.
+
+    Raises:
+        PictureError: with the reason, if it does not.
+    """
+    header = clean_header(data)
+    if header is None or not scan_is_whole(data, header.scan, has_restarts=header.has_restarts):
+        return load_picture(data)
+    return clean_picture(header, data)
+
+
+def clean_header(head: bytes) -> PlainHeader | None:
+    """Return the header of a JPEG whose bytes can be kept if its scan is whole.
+
+    Args:
+        head: The file, or its beginning.
+
+    Returns:
+        None if decoding has to tell.
+    """
+    header = plain_header(head)
+    if header is None or (header.has_metadata and not _is_upright(head)):
+        return None
+    return header
+
+
+def clean_picture(header: PlainHeader, data: bytes = b"") -> Picture:
+    """Return a JPEG that has not been decoded; without its bytes, nobody may ask for pixels."""
+    return Picture(header.size, True, "jpeg", 1, header.size, False, data)
+
+
+def _is_upright(head: bytes) -> bool:
+    """Return whether a JPEG's metadata can be read and does not say that it is rotated."""
+    from PIL import Image
+
+    from mbv3dist.data.decode import exif_orientation
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(head), formats=("JPEG",))
+            return image.mode == "RGB" and exif_orientation(image) == 1
+    except Exception:
+        return False  # Pillow's plugins raise nearly anything: decoding will tell
 
 
 def load_picture(data: bytes) -> Picture:
@@ -67,7 +126,7 @@ def load_picture(data: bytes) -> Picture:
                     f"{_MAX_JPEG_SIDE} on a side; make it smaller"
                 )
             image.load()
-            return _upright_rgb(image, exif_orientation(image))
+            return _upright_rgb(image, exif_orientation(image), data)
     except (PictureError, MemoryError):
         raise
     except UnidentifiedImageError as error:
@@ -80,7 +139,7 @@ def load_picture(data: bytes) -> Picture:
         raise PictureError(f"damaged picture ({show(str(error))})") from error
 
 
-def _upright_rgb(image: Image, orientation: int) -> Picture:
+def _upright_rgb(image: Image, orientation: int, data: bytes) -> Picture:
     from mbv3dist.data.decode import to_rgb, upright
 
     stored_size, mode, form = image.size, image.mode, image.format or "unknown"
@@ -97,35 +156,47 @@ def _upright_rgb(image: Image, orientation: int) -> Picture:
         kind = mode.lower()
     else:
         kind = "jpeg"
-    return Picture(rgb, kind == "jpeg", kind, orientation, stored_size, has_alpha)
+    is_clean = kind == "jpeg"
+    return Picture(rgb.size, is_clean, kind, orientation, stored_size, has_alpha, data, rgb)
 
 
-def shrunk_size(size: tuple[int, int], shorter: int) -> tuple[int, int]:
-    """Return (width, height) with the shorter side brought down to ``shorter`` pixels."""
+def picture_problem(error: Exception) -> str:
+    """Return what is wrong with a picture that could not be read or used."""
+    if isinstance(error, OSError):
+        return f"cannot be read: {error.strerror or type(error).__name__}"
+    return str(error)
+
+
+def shrunk_size(
+    size: tuple[int, int], *, shorter: int | None = None, longer: int | None = None
+) -> tuple[int, int]:
+    """Return (width, height) with one side brought down to a number of pixels, never up.
+
+    Args:
+        size: (width, height).
+        shorter: Pixels that the shorter side is brought to, or None.
+        longer: Pixels that the longer side is brought to, or None.
+    """
     width, height = size
-    if min(width, height) <= shorter:
-        return width, height
-    scale = shorter / min(width, height)
-    return max(shorter, round(width * scale)), max(shorter, round(height * scale))
-
-
-def shrink(image: Image, shorter: int) -> Image:
-    """Return the picture at its shrunk size (antialiased), or as it is if that is no smaller."""
-    from PIL.Image import Resampling
-
-    size = shrunk_size(image.size, shorter)
-    return image if size == image.size else image.resize(size, Resampling.BILINEAR)
+    if shorter is not None and min(size) > shorter:
+        scale = shorter / min(size)
+        return max(shorter, round(width * scale)), max(shorter, round(height * scale))
+    if longer is not None and max(size) > longer:
+        scale = longer / max(size)
+        return max(1, round(width * scale)), max(1, round(height * scale))
+    return size
 
 
 def encode_jpeg(image: Image, *, quality: int, full_chroma: bool) -> bytes:
     """Return an RGB picture as baseline JPEG bytes, without EXIF, comment or colour profile."""
-    plain = image.copy()
-    plain.info = {}  # Pillow would carry the original's comment over
+    if image.info:  # Pillow would carry the original's comment over
+        image = image.copy()
+        image.info = {}
     buffer = io.BytesIO()
     if full_chroma:
-        plain.save(buffer, "JPEG", quality=quality, subsampling=_FULL_CHROMA)
+        image.save(buffer, "JPEG", quality=quality, subsampling=_FULL_CHROMA)
     else:
-        plain.save(buffer, "JPEG", quality=quality)
+        image.save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 

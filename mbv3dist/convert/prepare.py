@@ -2,7 +2,9 @@
 
 A chunk of records is prepared at a time, by any worker. Targets and re-encoded pictures go to a
 spool file, a row for each sample to a JSON beside it; the packer later copies from there. So each
-picture is decoded once, sizes are known before shards are cut, and a killed conversion goes on.
+picture is decoded once, sizes are known before shards are cut, and a killed conversion goes on. Of
+a JPEG that will only be copied, no more than the header is read here: the packer, which reads all
+of it, looks at the rest.
 
 Boxes of a picture with an EXIF orientation: labelImg and most tools show and annotate the upright
 picture, so boxes count as upright, unless <size> is that of the picture as stored (and differs):
@@ -20,18 +22,29 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mbv3dist.convert.files import MAX_PICTURE_BYTES, UnusableFileError, read_bounded
+import numpy as np
+
+from mbv3dist.convert.files import (
+    MAX_PICTURE_BYTES,
+    UnusableFileError,
+    open_regular,
+    read_bounded,
+)
 from mbv3dist.convert.pictures import (
     REENCODE_QUALITY,
     Picture,
-    encode_jpeg,
-    load_picture,
+    clean_header,
+    clean_picture,
+    open_picture,
+    picture_problem,
     rotate_box,
-    shrink,
-    shrunk_size,
 )
+from mbv3dist.convert.pixels import jpeg_bytes, pixels_at, raw_bytes, shrink
 from mbv3dist.convert.records import Box, Problem, Record, Settings
+from mbv3dist.convert.structure import END_MARKER
 from mbv3dist.data.formats import PictureError
+
+_HEAD_BYTES = 32 * 1024  # holds nearly every header, also with a colour profile or a thumbnail
 
 Corners = tuple[float, float, float, float]
 
@@ -42,7 +55,7 @@ class Sample:
 
     Attributes:
         place: Which of its record's places it takes, from 0.
-        picture: JPEG bytes, or None to copy the file's.
+        picture: Bytes of the picture member, or None to copy the file's.
         target: Bytes of the target member.
         num_boxes: Boxes in the target.
         labels: Classes in the target, each once, ascending.
@@ -57,13 +70,25 @@ class Sample:
 
 @dataclass
 class Prepared:
-    """What became of a record."""
+    """What became of a record.
+
+    Attributes:
+        samples: Its samples.
+        problems: What is wrong with it.
+        counts: What was done.
+        file_bytes: Size of its file.
+        file_crc: If the file is copied, its CRC-32, or that of its header if no more was read.
+        scan: Bytes in that header; 0 if the file was read in full.
+        has_restarts: What `PlainHeader` says.
+    """
 
     samples: list[Sample] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     file_bytes: int = 0
     file_crc: int = 0
+    scan: int = 0
+    has_restarts: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +99,13 @@ class Request:
         record: The record.
         places: Those of its places that are wanted, or None for all.
         owned: Whether what is counted by record is counted here.
+        late: What packing found wrong with its picture, of which preparing had seen the header.
     """
 
     record: Record
     places: frozenset[int] | None = None
     owned: bool = True
+    late: str = ""
 
 
 def prepare_chunk(
@@ -89,7 +116,9 @@ def prepare_chunk(
     Returns:
         What the JSON holds: ``samples``, rows of [record's position in the chunk, place, 1 if the
         picture is copied from its file, picture offset, size and CRC-32, target offset and size,
-        boxes, labels], ``problems`` [file, reason, kind] and ``counts``.
+        header's bytes if the CRC-32 is of the header only, 1 if restart markers may follow, boxes,
+        labels], ``problems`` [file, reason, kind], ``counts``, and ``late``, the positions of the
+        records that packing had complained about.
     """
     spool, table = folder / f"{number:06d}.bin", folder / f"{number:06d}.json"
     rows: list[list[Any]] = []
@@ -102,18 +131,21 @@ def prepare_chunk(
                 target_offset = file.tell()
                 file.write(sample.target)
                 picture_offset, picture = file.tell(), sample.picture
-                size, crc = prepared.file_bytes, prepared.file_crc
+                size, crc, scan = prepared.file_bytes, prepared.file_crc, prepared.scan
                 if picture is not None:
                     file.write(picture)
-                    size, crc = len(picture), zlib.crc32(picture)
+                    size, crc, scan = len(picture), zlib.crc32(picture), 0
                 where = [picture_offset, size, crc, target_offset, len(sample.target)]
-                copied = int(picture is None)
-                about = [sample.num_boxes, sample.labels]
+                copied, restarts = int(picture is None), int(prepared.has_restarts)
+                about = [scan, restarts, sample.num_boxes, sample.labels]
                 rows.append([position, sample.place, copied, *where, *about])
             problems += [[item.file, item.reason, item.kind] for item in prepared.problems]
-            counts += prepared.counts
+            for name, count in prepared.counts.items():  # `+=` of counters is slow
+                counts[name] += count
     os.replace(file.name, spool)
-    result = {"samples": rows, "problems": problems, "counts": dict(counts)}
+    late = [position for position, request in enumerate(requests) if request.late]
+    seen = {name: count for name, count in counts.items() if count}
+    result = {"samples": rows, "problems": problems, "counts": seen, "late": late}
     with open_partial(table) as file:
         file.write(json.dumps(result).encode("ascii"))
     os.replace(file.name, table)
@@ -127,30 +159,37 @@ def open_partial(path: Path) -> Any:
 
 def prepare_record(request: Request, settings: Settings) -> Prepared:
     """Turn a record into samples; nothing is raised for bad input, it is listed."""
-    record, result = request.record, Prepared()
+    result = Prepared()
     try:
-        data = read_bounded(record.path, MAX_PICTURE_BYTES)
-        result.file_bytes, result.file_crc = len(data), zlib.crc32(data)
-        picture = load_picture(data)
-    except (PictureError, UnusableFileError) as error:
-        result.problems.append(Problem(record.source, str(error), "bad_picture"))
-        return result
-    except OSError as error:
-        reason = error.strerror or type(error).__name__
-        result.problems.append(Problem(record.source, f"cannot be read: {reason}", "bad_picture"))
-        return result
+        if request.late:
+            raise PictureError(request.late)
+        _prepare(request, settings, result)
+    except (PictureError, UnusableFileError, OSError) as error:
+        problem = Problem(request.record.source, picture_problem(error), "bad_picture")
+        return Prepared(problems=[problem])
+    return result
+
+
+def _prepare(request: Request, settings: Settings, result: Prepared) -> None:
+    """Fill in what becomes of a record.
+
+    Raises:
+        PictureError: if its picture is bad, or as `read_bounded` does.
+    """
+    record = request.record
+    picture = _look_at(record.path, settings, result) or _read(record.path, result)
     if settings.label_from == "folder":
         _add_picture(picture, record.label, settings, result)
-        return result
+        return
     boxes = _checked_boxes(record, picture, result)
     if settings.label_from == "boxes":
         result.counts["pictures_without_boxes"] += not boxes
         result.counts["difficult_boxes"] += sum(box.difficult for box in boxes)
-        target = _detection_target(picture.image.size, boxes, settings)
+        target = _detection_target(picture.size, boxes, settings)
         labels = sorted({box.label for box in boxes})
         content = _final_bytes(picture, settings, result)
         result.samples.append(Sample(0, content, target, len(boxes), labels))
-        return result
+        return
     result.counts["pictures_without_object"] += not boxes
     if not request.owned:
         result.counts.clear()  # by the part that owns the record; bad input is named by each
@@ -160,7 +199,39 @@ def prepare_record(request: Request, settings: Settings) -> Prepared:
         # max() keeps the first of equals: the XML's order decides.
         label = max(boxes, key=lambda box: _area(box.corners)).label
         _add_picture(picture, label, settings, result)
-    return result
+
+
+def _look_at(path: str, settings: Settings, result: Prepared) -> Picture | None:
+    """Return a picture that is only to be copied, after reading its header: packing does the rest.
+
+    None if more must be read to tell.
+    """
+    if settings.format != "jpeg" or settings.label_from not in ("folder", "boxes"):
+        return None
+    file = open_regular(path)
+    try:
+        num_bytes = os.fstat(file).st_size
+        head = os.pread(file, _HEAD_BYTES, 0)
+        end = head[-2:] if len(head) == num_bytes else os.pread(file, 2, max(num_bytes - 2, 0))
+    finally:
+        os.close(file)
+    if end != END_MARKER or num_bytes > MAX_PICTURE_BYTES:
+        return None  # cut off, most likely: that is better said before anything is packed
+    header = clean_header(head)
+    if header is None:
+        return None
+    if settings.final_size(header.size) != header.size:
+        return None
+    result.file_bytes, result.file_crc = num_bytes, zlib.crc32(head[: header.scan])
+    result.scan, result.has_restarts = header.scan, header.has_restarts
+    return clean_picture(header)
+
+
+def _read(path: str, result: Prepared) -> Picture:
+    """Return a picture after reading all of its file."""
+    data = read_bounded(path, MAX_PICTURE_BYTES)
+    result.file_bytes = len(data)
+    return open_picture(data)
 
 
 def _add_picture(picture: Picture, label: int, settings: Settings, result: Prepared) -> None:
@@ -171,7 +242,7 @@ def _add_picture(picture: Picture, label: int, settings: Settings, result: Prepa
 
 def _checked_boxes(record: Record, picture: Picture, result: Prepared) -> list[Box]:
     """Return the record's boxes in the upright picture, clipped; those wholly outside go."""
-    upright, stored = picture.image.size, picture.stored_size
+    upright, stored = picture.size, picture.stored_size
     declared = record.declared_size
     if declared is None or 0 in declared:
         result.counts["missing_size"] += 1
@@ -202,7 +273,7 @@ def _checked_boxes(record: Record, picture: Picture, result: Prepared) -> list[B
 
 def _detection_target(size: tuple[int, int], boxes: Sequence[Box], settings: Settings) -> bytes:
     """Return the JSON member: the final picture's size and the boxes in its pixels."""
-    final = size if settings.resize is None else shrunk_size(size, settings.resize)
+    final = settings.final_size(size)
     scale_x, scale_y = final[0] / size[0], final[1] / size[1]
     value = {
         "width": final[0],
@@ -234,17 +305,29 @@ def _area(corners: Corners) -> float:
 
 def _final_bytes(picture: Picture, settings: Settings, result: Prepared) -> bytes | None:
     """Return the bytes to store, or None to keep the file's; count what was done."""
-    result.counts["alpha_on_white"] += picture.has_alpha
+    if picture.has_alpha:
+        result.counts["alpha_on_white"] += 1
+    size = settings.final_size(picture.size)
     if not picture.clean:
-        result.counts[f"reencoded_{picture.kind}"] += 1
-    if settings.resize is not None and min(picture.image.size) > settings.resize:
-        result.counts["resized"] += 1
-        small = shrink(picture.image, settings.resize)
-        return encode_jpeg(small, quality=settings.quality, full_chroma=False)
-    if picture.clean:
+        verb = "decoded" if settings.format == "raw" else "reencoded"
+        result.counts[f"{verb}_{picture.kind}"] += 1
+    if picture.clean and size == picture.size and settings.format == "jpeg":
         result.counts["kept"] += 1
+        if not result.scan:
+            result.file_crc = zlib.crc32(picture.data)
         return None
-    return encode_jpeg(picture.image, quality=REENCODE_QUALITY, full_chroma=True)
+    return _stored(pixels_at(picture, size), size != picture.size, settings, result)
+
+
+def _stored(pixels: np.ndarray, is_resized: bool, settings: Settings, result: Prepared) -> bytes:
+    """Return pixels as they are stored; count what was done."""
+    result.counts["resized"] += is_resized
+    if settings.format == "raw":
+        result.counts["stored_raw"] += 1
+        return raw_bytes(pixels)
+    if is_resized:
+        return jpeg_bytes(pixels, quality=settings.quality, full_chroma=False)
+    return jpeg_bytes(pixels, quality=REENCODE_QUALITY, full_chroma=True)
 
 
 def _add_crops(
@@ -256,19 +339,19 @@ def _add_crops(
 ) -> None:
     """Add the rectangle of each object that is wanted as a sample of its own."""
     places = {box.number: place for place, box in enumerate(request.record.boxes)}
+    pixels: np.ndarray | None = None
     for box in boxes:
         place = places[box.number]
         if request.places is not None and place not in request.places:
             continue
+        if pixels is None:
+            pixels = pixels_at(picture, picture.size)
         x0, y0, x1, y1 = box.corners
         # Outward to whole pixels, so that a crop is never empty.
-        crop = picture.image.crop((int(x0), int(y0), -int(-x1 // 1), -int(-y1 // 1)))
-        quality, full_chroma = REENCODE_QUALITY, True
-        if settings.resize is not None and min(crop.size) > settings.resize:
-            crop = shrink(crop, settings.resize)
-            quality, full_chroma = settings.quality, False
-            result.counts["resized"] += 1
-        content = encode_jpeg(crop, quality=quality, full_chroma=full_chroma)
+        crop = pixels[int(y0) : -int(-y1 // 1), int(x0) : -int(-x1 // 1)]
+        found = (crop.shape[1], crop.shape[0])
+        size = settings.final_size(found)
+        content = _stored(shrink(crop, size), size != found, settings, result)
+        result.counts["crops"] += 1
         target = str(box.label).encode("ascii")
         result.samples.append(Sample(place, content, target, 0, [box.label]))
-        result.counts["crops"] += 1

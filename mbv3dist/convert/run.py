@@ -13,7 +13,6 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
 
 from mbv3dist.convert.conversion import (
     Conversion,
@@ -54,14 +53,19 @@ from mbv3dist.convert.targets import (
     lock_path,
 )
 from mbv3dist.convert.work import (
+    Progress,
     Work,
+    check_rest,
     note_file,
     open_work,
     own_problems,
     pack,
     prepare,
 )
+from mbv3dist.convert.workers import Workers
 from mbv3dist.data.manifest import write_manifest
+
+_MANY = 1000  # pictures: fewer may be done before other processes have started
 
 
 def convert_jobs(
@@ -88,17 +92,18 @@ def convert_jobs(
         ValueError: if a split exists or the data set has another task or other classes.
         OSError: if reading or writing fails.
     """
-    common = [asdict(settings), list(classes), list(roots), options.seed, options.shard_bytes]
-    works = []
+    common = [settings.known(), list(classes), list(roots), options.seed, options.shard_bytes]
+    works, workers = [], Workers(options.workers)
     for job in jobs:
         _set_aside_bad_names(job)
         order = PackOrder(job, settings, options.seed)
-        works.append(Work(job, settings, options, classes, common, order))
+        works.append(Work(job, settings, options, classes, common, order, workers))
     description = {
         "task": settings.task,
         "classes": list(classes),
         "source": list(roots),
         "seed": options.seed,
+        "format": settings.format,
     }
     conversion = Conversion(target, works, options, description)
     return _convert_locally(conversion) if target.url is None else _convert_to_url(conversion)
@@ -259,23 +264,40 @@ def _run(conversion: Conversion) -> None:
     """Prepare all splits, stop if there is bad input, then pack them."""
     total = sum(len(work.share.records) for work in conversion.works)
     tick = Ticker(conversion.options.progress, total).add
-    todo = []
-    for work in conversion.works:
-        if open_work(work):
-            note = json.loads(note_file(work.folder).read_bytes())
-            work.problems = [Problem(**row) for row in note["problems"]]
-            work.counts = Counter(note["counts"])
-            tick(2 * len(work.share.records))
-        else:
+    # They end before anybody cleans up what they are writing.
+    with conversion.works[0].workers as workers:
+        if total > _MANY:
+            workers.warm_up()
+        todo = [work for work in conversion.works if not _is_done(work, tick)]
+        for work in todo:
             prepare(work, tick)
-            todo.append(work)
-    found = {
-        work.job.split: (by_file(own_problems(work) + work.problems), work.counts)
-        for work in conversion.works
-    }
-    check_problems(conversion, found, conversion.options.part)
-    for work in todo:
-        pack(work, tick)
+        if conversion.options.on_error == "fail" and any(map(_problems, conversion.works)):
+            for work in todo:  # all of it is to be named
+                if check_rest(work):
+                    prepare(work, tick)
+        while True:
+            found = {work.job.split: (_problems(work), work.counts) for work in conversion.works}
+            check_problems(conversion, found, conversion.options.part)
+            todo = [work for work in todo if pack(work, tick)]
+            if not todo:
+                return
+            for work in todo:
+                prepare(work, tick)
+
+
+def _problems(work: Work) -> list[Problem]:
+    return by_file(own_problems(work) + work.problems)
+
+
+def _is_done(work: Work, tick: Progress) -> bool:
+    """Open the work on a split; return whether this part of it was done before."""
+    if not open_work(work):
+        return False
+    note = json.loads(note_file(work.folder).read_bytes())
+    work.problems = [Problem(**row) for row in note["problems"]]
+    work.counts = Counter(note["counts"])
+    tick(2 * len(work.share.records))
+    return True
 
 
 def _merge(conversion: Conversion) -> ConvertReport:

@@ -1,4 +1,4 @@
-"""The prepared samples of a part in columns, because there may be millions: 61 bytes for each."""
+"""The prepared samples of a part in columns, because there may be millions: 66 bytes for each."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ _COLUMNS = np.dtype(
         ("spool", "<i4"),
         ("num_boxes", "<i4"),
         ("num_labels", "<i4"),
+        ("scan", "<i4"),
+        ("has_restarts", "?"),
         ("copied", "?"),
     ]
 )
@@ -65,6 +67,8 @@ class Samples:
             "picture_crc",
             "target_offset",
             "target_size",
+            "scan",
+            "has_restarts",
         )
         rows = zip(*(table[name].tolist() for name in columns), strict=True)
         return [
@@ -107,13 +111,12 @@ def read_chunks(
         result = json.loads((folder / f"{spool:06d}.json").read_bytes())
         records = share.records[first : first + CHUNK].tolist()
         rows, flat = [], []
-        for position, place, copied, offset, size, crc, target, length, boxes, found in result[
-            "samples"
-        ]:
+        for position, place, copied, offset, size, crc, target, length, *about in result["samples"]:
             record = records[position]
             place += int(starts[record])
+            scan, has_restarts, boxes, found = about
             where = (offset, target, size, crc, length, spool)
-            rows.append((place, record, *where, boxes, len(found), copied))
+            rows.append((place, record, *where, boxes, len(found), scan, has_restarts, copied))
             flat += found
         tables.append(np.array(rows, _COLUMNS))
         labels.append(np.array(flat, np.int32))

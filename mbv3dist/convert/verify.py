@@ -21,9 +21,10 @@ from typing import Any
 import numpy as np
 
 from mbv3dist.convert.files import MAX_PICTURE_BYTES, UnusableFileError, read_bounded, show
+from mbv3dist.convert.pixels import raw_size
 from mbv3dist.convert.samples import sample_labels
 from mbv3dist.convert.writer import BLOCK, padded
-from mbv3dist.data.idx import INDEX_VERSION, TARGET_EXTENSIONS
+from mbv3dist.data.idx import INDEX_VERSION, PICTURE_EXTENSIONS, TARGET_EXTENSIONS
 from mbv3dist.data.index import Shard, Split, open_split, require_splits
 from mbv3dist.data.remote import is_url, redact
 from mbv3dist.data.target import class_problem, parse_target
@@ -339,13 +340,15 @@ def _check_sample(
 ) -> None:
     """Check names, picture header and target of a sample; count its boxes and classes."""
     key, extension = split.key(index), TARGET_EXTENSIONS[split.task]
-    for member, suffix in ((picture, "jpg"), (target, extension)):
+    picture_extension = PICTURE_EXTENSIONS[split.format]
+    for member, suffix in ((picture, picture_extension), (target, extension)):
         expected = f"{key}.{suffix}"
         if member.name != expected:
             problems.append(f"{where}: member {show(member.name)!r} where {expected!r} belongs")
-    size = _picture_size(picture.data)
+    size = raw_size(picture.data) if split.format == "raw" else _picture_size(picture.data)
     if size is None:
-        problems.append(f"{where}: its picture is no RGB JPEG that can be used")
+        what = "raw picture" if split.format == "raw" else "RGB JPEG"
+        problems.append(f"{where}: its picture is no {what} that can be used")
     try:
         if len(target.data) > _MAX_TARGET_BYTES:
             raise ValueError(f"its target has {len(target.data)} bytes")

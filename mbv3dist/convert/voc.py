@@ -19,7 +19,6 @@ from mbv3dist.convert.records import (
     Job,
     Options,
     Record,
-    Settings,
     check_classes,
     read_class_file,
 )
@@ -49,10 +48,10 @@ def convert_voc(
         object_crops: For classification: each object, cut out, is a sample instead.
         classes: Class names in order; else ``labels.txt`` at a root, else the sorted names over
             all annotations of all roots.
-        **options: ``val_fraction``, ``seed``, ``resize`` (boxes with their pictures),
-            ``quality``, ``on_error`` (``skip`` drops bad boxes and keeps their pictures),
-            ``workers``, ``shard_bytes``, ``overwrite``, ``progress``, ``part``, ``work``,
-            ``keep_local``: see ``Options``.
+        **options: ``val_fraction``, ``seed``, ``resize`` or ``max_side`` (boxes with
+            their pictures), ``quality``, ``format``, ``on_error`` (``skip`` drops bad boxes and
+            keeps their pictures), ``workers``, ``shard_bytes``, ``overwrite``, ``progress``,
+            ``part``, ``work``, ``keep_local``: see ``Options``.
 
     Raises:
         ConversionError: naming every problem, with ``on_error="fail"``.
@@ -77,7 +76,7 @@ def convert_voc(
     return convert_jobs(
         target,
         jobs,
-        settings=Settings(task, label_from, checked.resize, checked.quality),
+        settings=checked.settings(task, label_from),
         classes=class_names,
         roots=names,
         options=checked,

@@ -24,8 +24,8 @@ from mbv3dist.convert.order import PackOrder, Share, stretch
 from mbv3dist.convert.prepare import Request, prepare_chunk
 from mbv3dist.convert.records import Job, Options, Problem, Settings
 from mbv3dist.convert.samples import CHUNK, Samples, npy_bytes, read_chunks
-from mbv3dist.convert.workers import run_all
-from mbv3dist.convert.writer import cut_shards, done_file, pack_shard, write_file
+from mbv3dist.convert.workers import Workers
+from mbv3dist.convert.writer import check_entries, cut_shards, done_file, pack_shard, write_file
 from mbv3dist.data.idx import TARGET_EXTENSIONS, format_key
 
 Progress = Callable[[int], None]
@@ -42,6 +42,7 @@ class Work:
         classes: Names of the classes.
         common: All that decides about the result besides the records.
         order: The pack order of the whole split.
+        workers: Who does it.
         share: What this part makes of it.
         folder: Where it works.
         sizes: int64 [m], bytes of the files of the share's records; -1 where there is none.
@@ -56,6 +57,7 @@ class Work:
     classes: Sequence[str]
     common: list[Any]
     order: PackOrder
+    workers: Workers
     share: Share = field(init=False)
     folder: Path = field(init=False)
     sizes: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -156,24 +158,41 @@ def own_problems(work: Work) -> list[Problem]:
 def prepare(work: Work, tick: Progress) -> None:
     """Decode and check all pictures of the part; then its samples and problems are known."""
     folder, numbers = work.folder / "prepared", work.share.records
-    starts = range(0, len(numbers), CHUNK)
-    missing = [n for n in range(len(starts)) if not (folder / f"{n:06d}.json").is_file()]
+    starts, late = range(0, len(numbers), CHUNK), _late_pictures(work)
+    missing = [n for n in range(len(starts)) if not _is_prepared(folder, n, late)]
     lengths = [len(numbers[starts[number] : starts[number] + CHUNK]) for number in missing]
     tick(len(numbers) - sum(lengths))
-    calls = ((_requests(work, starts[number]), work.settings, folder, number) for number in missing)
-    workers = work.options.workers
-    for position, _ in run_all(prepare_chunk, calls, len(missing), workers=workers):
+    calls = (
+        (_requests(work, starts[number], late), work.settings, folder, number) for number in missing
+    )
+    for position, _ in work.workers.run_all(prepare_chunk, calls, len(missing)):
         tick(lengths[position])
     starts_of = work.order.starts
     work.samples, work.problems, work.counts = read_chunks(folder, work.share, starts_of)
 
 
-def _requests(work: Work, first: int) -> list[Request]:
+def _late_pictures(work: Work) -> dict[int, str]:
+    """Return what packing has found wrong, by the record's place in the share."""
+    file = work.folder / "late.json"
+    return {int(n): reason for n, reason in json.loads(file.read_bytes())} if file.is_file() else {}
+
+
+def _is_prepared(folder: Path, number: int, late: dict[int, str]) -> bool:
+    """Return whether a chunk has been prepared, knowing what packing found in it."""
+    table = folder / f"{number:06d}.json"
+    known = [n - number * CHUNK for n in sorted(late) if n // CHUNK == number]
+    return table.is_file() and (not known or json.loads(table.read_bytes())["late"] == known)
+
+
+def _requests(work: Work, first: int, late: dict[int, str]) -> list[Request]:
     """Return what to prepare in the chunk that begins with the share's record ``first``."""
     share, starts = work.share, work.order.starts
     numbers = share.records[first : first + CHUNK].tolist()
     if work.settings.label_from != "crops" or work.part[1] == 1:
-        return [Request(work.job.records[number]) for number in numbers]
+        return [
+            Request(work.job.records[number], late=late.get(place, ""))
+            for place, number in enumerate(numbers, start=first)
+        ]
     wanted = np.sort(share.places)
     requests = []
     for number, owned in zip(numbers, share.owned[first : first + CHUNK].tolist(), strict=True):
@@ -183,33 +202,69 @@ def _requests(work: Work, first: int) -> list[Request]:
     return requests
 
 
-def pack(work: Work, tick: Progress) -> None:
-    """Write the shards that are not there yet, then all that publishing needs, then the note."""
+def pack(work: Work, tick: Progress) -> bool:
+    """Write the shards that are not there yet, then all that publishing needs, then the note.
+
+    Returns:
+        Whether pictures turned out to be bad: then preparing and packing have to be done again.
+    """
     assert work.samples is not None
     samples, table, records = work.samples, work.samples.table, work.job.records
     folder = work.folder / "shards"
     starts = cut_shards(table["picture_size"], table["target_size"], work.options.shard_bytes)
     rows = [_whole_shard(folder, number) for number in range(len(starts) - 1)]
     missing = [number for number, row in enumerate(rows) if row is None]
-    extension = TARGET_EXTENSIONS[work.settings.task]
+    extensions = work.settings.extension, TARGET_EXTENSIONS[work.settings.task]
     calls = (
         (
             samples.entries(starts[number], starts[number + 1], records),
-            extension,
+            extensions,
             work.folder / "prepared",
             folder,
             number,
         )
         for number in missing
     )
-    for position, row in run_all(pack_shard, calls, len(missing), workers=work.options.workers):
+    late: list[tuple[int, str]] = []
+    for position, row in work.workers.run_all(pack_shard, calls, len(missing)):
         number = missing[position]
         rows[number] = row
+        late += [(starts[number] + place, reason) for place, reason in row.get("late", ())]
         tick(starts[number + 1] - starts[number])
     for path in folder.glob("*.tmp"):
         path.unlink()  # of a worker that was killed
+    if late:
+        _note_late(work, late)
+        return True
     tick(len(work.share.records))
     _finish(work, [row for row in rows if row is not None])
+    return False
+
+
+def check_rest(work: Work) -> bool:
+    """Read the pictures that packing would read first; return whether some are bad (as `pack`)."""
+    assert work.samples is not None
+    samples, records = work.samples, work.job.records
+    starts = range(0, len(samples), CHUNK)
+    calls = ((samples.entries(start, start + CHUNK, records),) for start in starts)
+    late: list[tuple[int, str]] = []
+    for number, found in work.workers.run_all(check_entries, calls, len(starts)):
+        late += [(starts[number] + place, reason) for place, reason in found]
+    if late:
+        _note_late(work, late)
+    return bool(late)
+
+
+def _note_late(work: Work, late: list[tuple[int, str]]) -> None:
+    """Write down which pictures packing has found to be bad, so that they are prepared as such."""
+    assert work.samples is not None
+    for path in work.folder.glob("*.done"):
+        path.unlink()  # first: without these samples, all shards are others
+    known = _late_pictures(work)
+    for sample, reason in late:
+        record = work.samples.table["record"][sample]
+        known[int(np.searchsorted(work.share.records, record))] = reason
+    write_file(work.folder / "late.json", json.dumps(sorted(known.items())).encode("ascii"))
 
 
 def _finish(work: Work, rows: list[dict[str, Any]]) -> None:

@@ -87,6 +87,7 @@ def test_inspect(data):
     split = open_split(data, "train")
     num_bytes = sum(shard.path.stat().st_size for shard in split.shards)
     sizes = {"samples": NUM_SAMPLES, "boxes": 0, "shards": len(split.shards), "bytes": num_bytes}
+    sizes["format"] = "jpeg"
     assert inspect_dataset(data) == {
         "task": "classification",
         "classes": ["a dog", "cat"],
