@@ -16,7 +16,7 @@ from mbv3dist.data.idx import read_idx
 from mbv3dist.data.index import open_split
 from mbv3dist.data.manifest import manifest_path, regular_url, write_manifest
 from mbv3dist.data.plan import Plan
-from mbv3dist.data.reader import LocalShard
+from mbv3dist.data.shards import LocalShard
 
 
 def measure_reads(*, quick: bool) -> list[dict[str, Any]]:

@@ -37,7 +37,8 @@ class Pictures:
         count = len(data)
         self.data = data
         self._lengths = np.array([len(item) for item in data], np.int64)
-        self._addresses = _addresses(data) if addresses is None else addresses
+        # Contiguous, as all arrays here: each layout would be compiled apart.
+        self._addresses = _addresses(data) if addresses is None else addresses.copy()
         self.sizes = np.zeros((count, 2), np.int32)
         self._is_plain = np.zeros(count, np.bool_)
         self._raw_starts = np.zeros(count, np.int64)

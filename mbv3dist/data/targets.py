@@ -66,7 +66,7 @@ def parse_targets(
         boxes and class -1.
     """
     count = len(members.places)
-    addresses, lengths = members.addresses[:, 1], members.sizes[:, 1]
+    addresses, lengths = members.addresses[:, 1].copy(), members.sizes[:, 1].copy()
     room = int(lengths.sum()) // _BYTES_PER_BOX + 1 if task == "detection" else 0
     targets = Targets(
         np.full(count, -1, np.int64),

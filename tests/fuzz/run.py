@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from . import harness
+from .sandbox import load_compiled_code
 from .seeds import Seeds
 
 LIMIT_S = 20.0  # for one input; a hang is run again alone, with twice that
@@ -81,12 +82,14 @@ def _fast_folder() -> str | None:
 def _work(task: dict[str, Any]) -> None:
     """Run the inputs of a task one after the other, and write a line before and after each."""
     folder = Path(task["folder"])
+    names: list[str] = task["targets"]
+    cases = [harness.load_case(json.loads(Path(path).read_text())) for path in task["again"]]
+    if not all(name.startswith("planted_") for name in names or [case.target for case in cases]):
+        load_compiled_code()  # from the cache below the user's own home
     os.environ.update(HOME=str(folder / "box" / "home"), MPLCONFIGDIR=str(folder), COLUMNS="200")
     sys.dont_write_bytecode = True
     os.fsync = lambda handle: None  # type: ignore[assignment]  # power does not fail here
     box, seeds = harness.make_box(folder / "box"), Seeds(folder)
-    names: list[str] = task["targets"]
-    cases = [harness.load_case(json.loads(Path(path).read_text())) for path in task["again"]]
     _warm_up(names or [case.target for case in cases], seeds, box)
     for number, _ in task["lost"]:  # an earlier worker ended in it
         case = harness.make_case(task["seed"], number, seeds, names)

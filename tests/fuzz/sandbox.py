@@ -159,7 +159,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
         _watch.note(event, arguments)
 
 
-def _load_compiled_code() -> None:
+def load_compiled_code() -> None:
     """Have Numba compile what is compiled, or unpickle it from its cache, before we watch."""
     from mbv3dist.config import ViewConfig
     from mbv3dist.data.decode import Picture
@@ -201,7 +201,6 @@ def watched(box: Path) -> Iterator[Watch]:
     """Watch this process; only files under the sandbox's ``out`` may be written."""
     global _watch, _installed
     if not _installed:  # a hook cannot be taken away again
-        _load_compiled_code()
         sys.addaudithook(_hook)
         _installed = True
     watch = Watch(box)
