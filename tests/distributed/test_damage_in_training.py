@@ -152,7 +152,7 @@ def test_another_order_is_refused_on_resume_unless_accepted(recipe, tmp_path):
         assert f"step-{step:08d}: cannot be continued: the data state does not fit: " in line
         assert change in line
         assert f"--data.accept_changes {name} (samples of the epoch under way may then be" in line
-    assert "--data.accept_changes tail: cannot be accepted; what can: decoder, " in tail
+    assert "--data.accept_changes tail: cannot be accepted; what can: decode, decoder, " in tail
     assert all("\n" not in line for line in (seed, lanes, tail))
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == kept
 

@@ -162,6 +162,7 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
 def load_compiled_code() -> None:
     """Have Numba compile what is compiled, or unpickle it from its cache, before we watch."""
     from mbv3dist.config import ViewConfig
+    from mbv3dist.convert.pixels import shrink
     from mbv3dist.data.decode import Picture
     from mbv3dist.data.members import check_headers
     from mbv3dist.data.pixels import Pictures
@@ -182,7 +183,10 @@ def load_compiled_code() -> None:
     Pictures(files).draw(
         views.src, views.dst, views.flip, canvases=canvases, places=np.arange(2), fill=(0, 0, 0)
     )
-    Picture(files[0]).draw(View((0, 0, 16, 16), (0, 0, 16, 16)), canvases[0])
+    for file in files:
+        Picture(file).draw(View((0, 0, 16, 16), (0, 0, 16, 16)), canvases[0])
+    shrink(np.zeros((16, 16, 3), np.uint8), (8, 8))
+    shrink(np.asarray(Image.new("RGB", (16, 16))), (8, 8))
     address = np.frombuffer(files[0], np.uint8).__array_interface__["data"][0]
     members = Members([0], files[:1], files[:1], np.full((1, 2), address), np.ones((1, 2), int))
     for task in ("classification", "detection"):
