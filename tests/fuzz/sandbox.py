@@ -22,6 +22,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numba.core.caching
 import numpy as np
 from PIL import Image
 
@@ -53,6 +54,7 @@ _FORBIDDEN = (
     *("socket.connect", "socket.bind", "socket.getaddrinfo", "pickle.find_class", "pty.spawn"),
     *("urllib.Request", "http.client.connect", "ftplib.connect", "webbrowser.open"),
 )
+_NUMBA_CACHE = numba.core.caching.__file__
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,21 @@ _installed = False
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    # Looking at frames is an event too.
+    if event in ("open", "pickle.find_class") and _watch and _is_loading_compiled_code():
+        return
     if _watch is not None:
         _watch.note(event, arguments)
+
+
+def _is_loading_compiled_code() -> bool:
+    """Whether Numba reads its cache: forms that `load_compiled_code` does not call come later."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code.co_filename == _NUMBA_CACHE:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def load_compiled_code() -> None:
