@@ -282,13 +282,14 @@ def _proxy_handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
                     self.send_header(name, value)
             length = headers.get("Content-Length") if self.command == "HEAD" else None
             self.send_header("Content-Length", length or str(len(data)))
-            self.end_headers()
             sent = data[: len(data) // 2] if fault == "cut" else data
             asked = self.headers.get("Range", "")
             authorization = self.headers.get("Authorization")
+            # Before the headers leave: an answered client may count the requests at once.
             proxy.note(
                 Request(self.command, self.path, asked, status, len(sent), fault, authorization)
             )
+            self.end_headers()
             if self.command != "HEAD":
                 self.wfile.write(sent)
                 self.wfile.flush()
