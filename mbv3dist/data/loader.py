@@ -222,6 +222,7 @@ def eval_batches(
     pin_memory: bool = False,
     verify: str = "first",
     cache: CacheOptions | None = None,
+    decode: Decode = "cpu",
 ) -> Iterator[Batch]:
     """Yield the samples that this rank evaluates, each once, in pack order.
 
@@ -241,6 +242,8 @@ def eval_batches(
         pin_memory: Page-locked buffers.
         verify: "open", "first" or "always", as for `Reader`.
         cache: How shards of remote data sets are kept.
+        decode: "cpu" yields pictures, "gpu" the files' bytes (`Batch.compressed`) for models that
+            want them prepared in another way.
 
     Raises:
         ValueError: For arguments outside their limits, or a damaged sample: an evaluation leaves
@@ -259,9 +262,9 @@ def eval_batches(
         ahead=prefetch + 1,
     )
     with Reader(split, verify=verify, store=store) as reader:
-        drawing = Drawing(reader, view=view, size=size, seed=0, drop_boxes=False)
+        drawing = Drawing(reader, view=view, size=size, seed=0, drop_boxes=False, decode=decode)
         capacity = min(batch_size, max(len(mine), 1))
-        buffers = _make_buffers(prefetch + 1, capacity, size, pin_memory=pin_memory)
+        buffers = _make_buffers(prefetch + 1, capacity, size, pin_memory=pin_memory, decode=decode)
         pipeline = drawing.start(enumerate(requests), buffers, num_threads)
         try:
             while (work := pipeline.take()) is not None:
