@@ -349,16 +349,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
 
 def main(words: Sequence[str] | None = None) -> int:
     """Measure and report; return the exit code."""
-    try:
-        args = parse(sys.argv[1:] if words is None else words)
-        report = measure(args)
-        if args.add and args.json is not None:
-            report = harness.merged(report, args.json)
-        harness.finish(report, report_text(report), args)
-    except (ValueError, OSError, RuntimeError) as error:
-        print(f"decode: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return harness.run("decode", words, parse=parse, measure=measure, report_text=report_text)
 
 
 if __name__ == "__main__":

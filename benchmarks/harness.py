@@ -336,6 +336,35 @@ def finish(report: dict[str, Any], text: str, args: argparse.Namespace) -> None:
     print(json.dumps(report))
 
 
+def run(
+    name: str,
+    words: Sequence[str] | None,
+    *,
+    parse: Callable[[Sequence[str]], argparse.Namespace],
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    report_text: Callable[[dict[str, Any]], str],
+) -> int:
+    """Do what a benchmark's command line asks for; return the exit code.
+
+    Args:
+        name: The script's, without `.py`.
+        words: The command line; None: this process's.
+        parse: Reads it.
+        measure: Makes the report.
+        report_text: Tells it in tables.
+    """
+    try:
+        args = parse(sys.argv[1:] if words is None else words)
+        report = measure(args)
+        if getattr(args, "add", False) and args.json is not None:
+            report = merged(report, args.json)
+        finish(report, report_text(report), args)
+    except (ValueError, OSError, RuntimeError) as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
     """Return the lines of a Markdown table."""
     lines = [head, ["---"] * len(head), *rows]

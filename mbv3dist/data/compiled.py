@@ -25,7 +25,9 @@ FILES = (
     "picture_header.py",
     "pixels.py",
     "resize.py",
+    "view_geometry.py",
     "view_kernels.py",
+    "view_random.py",
     "views.py",
 )
 

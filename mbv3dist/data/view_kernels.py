@@ -11,21 +11,25 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from llvmlite import ir
-from numba import types
-from numba.extending import intrinsic
 
 from mbv3dist.data import draws
 from mbv3dist.data.compiled import compiled
+from mbv3dist.data.view_geometry import (
+    center_offset,
+    crop_axis,
+    move_boxes,
+    place_axis,
+    resized,
+)
+from mbv3dist.data.view_random import fill, integer, uniform
 from mbv3dist.data.views import (
     CROP_TRIES,
     IOU_CROP_RATIO,
     IOU_CROP_ROUNDS,
     IOU_CROP_TRIALS,
-    MIN_BOX_SIDE,
     resize_side,
 )
 
@@ -177,7 +181,7 @@ class ViewMaker:
             views.color,
         )
         if misfit >= 0:
-            width, height = _resized(
+            width, height = resized(
                 int(sizes[misfit, 0]), int(sizes[misfit, 1]), int(self._numbers[_RESIZE_SIDE])
             )
             raise ValueError(
@@ -186,115 +190,6 @@ class ViewMaker:
                 f"{self._size} or more, and --data.view.padding from 0 to {self._size - 1}"
             )
         return views
-
-
-@intrinsic
-def _high_word(_context: Any, left: Any, right: Any) -> Any:
-    """Return the upper 64 bits of the product of two uint64."""
-    signature = types.uint64(types.uint64, types.uint64)
-
-    def generate(context: Any, builder: Any, signature: Any, values: Any) -> Any:
-        wide = ir.IntType(128)
-        product = builder.mul(builder.zext(values[0], wide), builder.zext(values[1], wide))
-        return builder.trunc(builder.lshr(product, ir.Constant(wide, 64)), ir.IntType(64))
-
-    return signature, generate
-
-
-@compiled
-def philox_block(
-    number: np.uint64,
-    minor: np.uint64,
-    major: np.uint64,
-    epoch: np.uint64,
-    seed: np.uint64,
-    purpose: np.uint64,
-) -> tuple[np.uint64, np.uint64, np.uint64, np.uint64]:
-    """Return four words of Philox4x64-10: those of `draws.raw_words` from 4 * number on."""
-    c0, c1, c2, c3 = number + np.uint64(1), minor, major, epoch
-    k0, k1 = seed, purpose
-    for _ in range(10):
-        high0 = _high_word(np.uint64(0xD2E7470EE14C6C93), c0)
-        low0 = np.uint64(0xD2E7470EE14C6C93) * c0
-        high1 = _high_word(np.uint64(0xCA5A826395121157), c2)
-        low1 = np.uint64(0xCA5A826395121157) * c2
-        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
-        k0 += np.uint64(0x9E3779B97F4A7C15)
-        k1 += np.uint64(0xBB67AE8584CAA73B)
-    return c0, c1, c2, c3
-
-
-@compiled
-def _fill(stream: np.ndarray, out: np.ndarray) -> None:
-    """Write the next stream part's doubles in [0, 1), as `Draws.uniforms`.
-
-    `stream` is uint64 [5]: seed, purpose, epoch, sample, parts used so far.
-    """
-    for start in range(0, len(out), 4):
-        words = philox_block(
-            np.uint64(start // 4), stream[4], stream[3], stream[2], stream[0], stream[1]
-        )
-        for place in range(min(4, len(out) - start)):
-            out[start + place] = np.float64(words[place] >> np.uint64(11)) * 2.0**-53
-    stream[4] += np.uint64(1)
-
-
-@compiled
-def _uniform(stream: np.ndarray, ready: np.ndarray, used: np.ndarray) -> float:
-    """Return the next double in [0, 1), as `Draws.uniform`."""
-    if used[0] == _PER_REFILL:
-        _fill(stream, ready)
-        used[0] = 0
-    value = ready[used[0]]
-    used[0] += 1
-    return float(value)
-
-
-@compiled
-def _integer(stream: np.ndarray, ready: np.ndarray, used: np.ndarray, count: int) -> int:
-    return min(int(_uniform(stream, ready, used) * count), count - 1)
-
-
-@compiled
-def _resized(width: int, height: int, shorter: int) -> tuple[int, int]:
-    if width <= height:
-        return shorter, int(shorter * height / width)
-    return int(shorter * width / height), shorter
-
-
-@compiled
-def _center_offset(length: int, size: int) -> int:
-    if length < size:
-        return -((size - length) // 2)
-    return int(np.rint((length - size) / 2.0))
-
-
-@compiled
-def _crop_axis(
-    axis: int, side: int, resized: int, offset: int, size: int, src: np.ndarray, dst: np.ndarray
-) -> None:
-    low, high = max(offset, 0), min(offset + size, resized)
-    src[axis], src[axis + 2] = low * side / resized, high * side / resized
-    dst[axis], dst[axis + 2] = low - offset, high - offset
-
-
-@compiled
-def _place_axis(
-    axis: int,
-    start: float,
-    length: float,
-    side: int,
-    size: int,
-    src: np.ndarray,
-    dst: np.ndarray,
-) -> None:
-    low = min(max(start, 0.0), side - 1.0)
-    high = max(min(start + length, float(side)), low + 1.0)
-    scale = size / length
-    first = min(max(int(np.rint((low - start) * scale)), 0), size - 1)
-    last = max(min(int(np.rint((high - start) * scale)), size), first + 1)
-    src[axis], src[axis + 2] = low, high
-    dst[axis], dst[axis + 2] = first, last
 
 
 @compiled
@@ -312,13 +207,13 @@ def _random_resized_crop(
     log_low, log_high = math.log(ratio_min), math.log(ratio_max)
     scale_min, scale_max = numbers[_SCALE_MIN], numbers[_SCALE_MAX]
     for _ in range(CROP_TRIES):
-        target = area * (scale_min + (scale_max - scale_min) * _uniform(stream, ready, used))
-        aspect = math.exp(log_low + (log_high - log_low) * _uniform(stream, ready, used))
+        target = area * (scale_min + (scale_max - scale_min) * uniform(stream, ready, used))
+        aspect = math.exp(log_low + (log_high - log_low) * uniform(stream, ready, used))
         w = int(np.rint(math.sqrt(target * aspect)))
         h = int(np.rint(math.sqrt(target / aspect)))
         if 0 < w <= width and 0 < h <= height:
-            y = _integer(stream, ready, used, height - h + 1)
-            x = _integer(stream, ready, used, width - w + 1)
+            y = integer(stream, ready, used, height - h + 1)
+            x = integer(stream, ready, used, width - w + 1)
             src[0], src[1], src[2], src[3] = x, y, x + w, y + h
             return
     w, h = width, height
@@ -343,7 +238,7 @@ def _try_crops(
     """Make `region` the first good one of 40 random crops of it, if there is one."""
     trials = IOU_CROP_TRIALS
     width, height = region[2] - region[0], region[3] - region[1]
-    _fill(stream, random)
+    fill(stream, random)
     for trial in range(trials):
         crop_width = (low + (1.0 - low) * random[trial]) * width
         crop_height = (low + (1.0 - low) * random[trials + trial]) * height
@@ -391,50 +286,14 @@ def _iou_crop(
     for _ in range(IOU_CROP_ROUNDS):
         if len(min_ious) == 0:
             break
-        if _uniform(stream, ready, used) >= numbers[_CROP_PROBABILITY]:
+        if uniform(stream, ready, used) >= numbers[_CROP_PROBABILITY]:
             break
-        min_iou = min_ious[_integer(stream, ready, used, len(min_ious))]
+        min_iou = min_ious[integer(stream, ready, used, len(min_ious))]
         if min_iou <= best_iou + 1e-6 and _try_crops(
             low, min_iou, region, boxes, keep, stream, random
         ):
             return
     keep[:] = True
-
-
-@compiled
-def _move_boxes(
-    src: np.ndarray,
-    dst: np.ndarray,
-    flip: bool,
-    size: int,
-    boxes: np.ndarray,
-    moved: np.ndarray,
-    keep: np.ndarray,
-) -> None:
-    """As `View.to_canvas`; drops what `views` finds not visible."""
-    scale_x, scale_y = (dst[2] - dst[0]) / (src[2] - src[0]), (dst[3] - dst[1]) / (src[3] - src[1])
-    shift_x = dst[0] - src[0] * scale_x
-    if flip:
-        scale_x, shift_x = -scale_x, dst[2] + src[0] * scale_x
-    shift_y = dst[1] - src[1] * scale_y
-    sx, sy, tx, ty = _F32(scale_x), _F32(scale_y), _F32(shift_x), _F32(shift_y)
-    zero, limit = _F32(0), _F32(size)
-    for number in range(len(boxes)):
-        left, right = boxes[number, 0] * sx + tx, boxes[number, 2] * sx + tx
-        top, bottom = boxes[number, 1] * sy + ty, boxes[number, 3] * sy + ty
-        if flip:
-            left, right = right, left
-        moved[number, 0], moved[number, 1] = left, top
-        moved[number, 2], moved[number, 3] = right, bottom
-        center_x, center_y = (left + right) * _F32(0.5), (top + bottom) * _F32(0.5)
-        keep[number] &= (
-            center_x >= dst[0]
-            and center_y >= dst[1]
-            and center_x <= dst[2]
-            and center_y <= dst[3]
-            and min(right, limit) - max(left, zero) >= MIN_BOX_SIDE
-            and min(bottom, limit) - max(top, zero) >= MIN_BOX_SIDE
-        )
 
 
 @compiled
@@ -446,7 +305,7 @@ def _draw_color(
     swap = numbers[_CHANNEL_SWAP]
     if strengths.max() == 0 and swap == 0:
         return
-    _fill(stream, random[:11])
+    fill(stream, random[:11])
     for place in range(4):
         change = 0.0
         if random[place] < numbers[_COLOR_PROBABILITY]:
@@ -490,26 +349,26 @@ def _make_views(
         src[0], src[1], src[2], src[3] = 0.0, 0.0, width, height
         dst[0], dst[1], dst[2], dst[3] = 0, 0, size, size
         if kind in (_CENTER_CROP, _RANDOM_CROP):
-            new_width, new_height = _resized(width, height, int(numbers[_RESIZE_SIDE]))
+            new_width, new_height = resized(width, height, int(numbers[_RESIZE_SIDE]))
             if kind == _CENTER_CROP:
-                left, top = _center_offset(new_width, size), _center_offset(new_height, size)
+                left, top = center_offset(new_width, size), center_offset(new_height, size)
             else:
                 padding = int(numbers[_PADDING])
                 room_x, room_y = new_width + 2 * padding - size, new_height + 2 * padding - size
                 if min(room_x, room_y) < 0 or padding < 0 or padding >= size:
                     return n
-                top = _integer(stream, ready, used, room_y + 1) - padding
-                left = _integer(stream, ready, used, room_x + 1) - padding
-            _crop_axis(0, width, new_width, left, size, src, dst)
-            _crop_axis(1, height, new_height, top, size, src, dst)
+                top = integer(stream, ready, used, room_y + 1) - padding
+                left = integer(stream, ready, used, room_x + 1) - padding
+            crop_axis(0, width, new_width, left, size, src, dst)
+            crop_axis(1, height, new_height, top, size, src, dst)
         elif kind == _RANDOM_RESIZED_CROP:
             _random_resized_crop(numbers, width, height, stream, ready, used, src)
         elif kind == _SSD:
             region[0], region[1], region[2], region[3] = 0.0, 0.0, width, height
-            if _uniform(stream, ready, used) < numbers[_ZOOM_PROBABILITY]:
-                side = 1.0 + (numbers[_ZOOM_MAX] - 1.0) * _uniform(stream, ready, used)
-                region[0] = -_uniform(stream, ready, used) * (side - 1.0) * width
-                region[1] = -_uniform(stream, ready, used) * (side - 1.0) * height
+            if uniform(stream, ready, used) < numbers[_ZOOM_PROBABILITY]:
+                side = 1.0 + (numbers[_ZOOM_MAX] - 1.0) * uniform(stream, ready, used)
+                region[0] = -uniform(stream, ready, used) * (side - 1.0) * width
+                region[1] = -uniform(stream, ready, used) * (side - 1.0) * height
                 region[2], region[3] = region[0] + side * width, region[1] + side * height
                 length_x, length_y = side * width, side * height
             else:
@@ -519,12 +378,12 @@ def _make_views(
                 _iou_crop(numbers, min_ious, region, boxes, keep, stream, ready, used, random)
                 if before != (region[0], region[1], region[2], region[3]):
                     length_x, length_y = region[2] - region[0], region[3] - region[1]
-            _place_axis(0, region[0], length_x, width, size, src, dst)
-            _place_axis(1, region[1], length_y, height, size, src, dst)
-        if kind > _CENTER_CROP and _uniform(stream, ready, used) < numbers[_FLIP]:
+            place_axis(0, region[0], length_x, width, size, src, dst)
+            place_axis(1, region[1], length_y, height, size, src, dst)
+        if kind > _CENTER_CROP and uniform(stream, ready, used) < numbers[_FLIP]:
             flips[n] = True
             dst[0], dst[2] = size - dst[2], size - dst[0]
-        _move_boxes(src, dst, flips[n], size, boxes, all_moved[first:last], keep)
+        move_boxes(src, dst, flips[n], size, boxes, all_moved[first:last], keep)
         stream[1], stream[4] = np.uint64(_COLOR), np.uint64(0)
         _draw_color(numbers, stream, random, colors[n])
     return -1

@@ -1,9 +1,8 @@
 """Views: which part of a picture lands where on the canvas, drawn before any pixel is decoded.
 
 A view is one rectangle mapping, source -> destination, and an optional mirror. All of torchvision's
-geometric recipes that training here needs are of that form, and so is their composition: SSD's
-zoom-out, IoU crop, flip and resize are one view. Boxes move by the same mapping as the pixels.
-Only numpy; every function follows torchvision.transforms.v2 where it has a counterpart.
+geometric recipes that training here needs (its functions are followed) are of that form, and so is
+their composition: SSD's zoom-out, IoU crop, flip and resize are one view, and boxes move with it.
 
 Shapes: boxes float32 [M, 4], xyxy pixels, half-open; canvas `size` x `size` pixels.
 """
@@ -86,8 +85,7 @@ def vector_to_source(view: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     # In a mirrored view dst x0 > x1, so the scale is negative and left and right change places.
     x = view[..., 0, None] + (boxes[..., 0::2] - view[..., 4, None]) * scale_x[..., None]
     y = view[..., 1, None] + (boxes[..., 1::2] - view[..., 5, None]) * scale_y[..., None]
-    corners = (x.min(-1), y.min(-1), x.max(-1), y.max(-1))
-    return np.stack(corners, axis=-1).astype(np.float32)
+    return np.stack((x.min(-1), y.min(-1), x.max(-1), y.max(-1)), axis=-1).astype(np.float32)
 
 
 def mirrored(view: View, *, size: int) -> View:
@@ -399,5 +397,4 @@ def _place_axis(start: float, length: float, side: int, size: int) -> tuple[Span
 
 
 def _from_axes(src_x: Span, src_y: Span, dst_x: PixelSpan, dst_y: PixelSpan) -> View:
-    (sx0, sx1), (sy0, sy1), (dx0, dx1), (dy0, dy1) = src_x, src_y, dst_x, dst_y
-    return View((sx0, sy0, sx1, sy1), (dx0, dy0, dx1, dy1))
+    return View((src_x[0], src_y[0], src_x[1], src_y[1]), (dst_x[0], dst_y[0], dst_x[1], dst_y[1]))

@@ -7,7 +7,8 @@ import pytest
 
 from mbv3dist.config import ViewConfig
 from mbv3dist.data.draws import COLOR, Draws, raw_words
-from mbv3dist.data.view_kernels import NAMES, ViewMaker, philox_block
+from mbv3dist.data.view_kernels import NAMES, ViewMaker
+from mbv3dist.data.view_random import philox_block
 from mbv3dist.data.views import View, draw_color, make_view
 
 
