@@ -5,17 +5,15 @@ torch. Exit code 0 is success, 2 wrong usage or input.
 """
 
 import argparse
-import json
 import os
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 import mbv3dist
-
-_SECONDS_PER_LINE = 30.0  # of progress, where there is no terminal
+from mbv3dist import cli_models
+from mbv3dist.cli_output import Progress, positive, print_json
 
 
 class _Parser(argparse.ArgumentParser):
@@ -98,29 +96,14 @@ def build_parser() -> argparse.ArgumentParser:
     train.set_defaults(takes_config_flags=True)
     train.format_help = lambda: _train_help(train)
 
-    evaluate = command("eval", _eval, "Score a model on a split.")
-    evaluate.add_argument("model", help="model directory, such as runs/NAME/best")
-    evaluate.add_argument("data", help="data set made by convert, folder or URL")
-    evaluate.add_argument("--split", required=True)
-    evaluate.add_argument("--batch-size", type=_positive, default=32)
-    evaluate.add_argument("--num-threads", type=_positive, default=2)
-    evaluate.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    evaluate.add_argument("--json", action="store_true", help="print one JSON object")
-
-    predict = command("predict", _predict, "Find or name what is in pictures.")
-    predict.add_argument("model", help="model directory, such as runs/NAME/best")
-    predict.add_argument("sources", nargs="+", metavar="SOURCE", help="picture, folder or glob")
-    predict.add_argument("--out", required=True, help="folder for pictures and predictions.json")
-    predict.add_argument("--score-threshold", type=float, help="show detections above this score")
-    predict.add_argument("--batch-size", type=_positive, default=8)
-    predict.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    predict.add_argument("--json", action="store_true", help="print one JSON object")
+    for name, add, run, text in cli_models.COMMANDS:
+        add(command(name, run, text))
 
     _add_doctor(command("doctor", _doctor, "Measure this machine; say what bounds training."))
 
     quickstart = command("quickstart", _quickstart, "The whole job on a data set made here.")
     quickstart.add_argument("--out", default="runs/quickstart", help="folder for all of it")
-    quickstart.add_argument("--processes", type=_positive, default=2)
+    quickstart.add_argument("--processes", type=positive, default=2)
     return parser
 
 
@@ -130,12 +113,6 @@ def _train_help(parser: argparse.ArgumentParser) -> str:
 
     text = argparse.ArgumentParser.format_help(parser)
     return f"{text}\nkeys of a recipe, and flags:\n{config_help()}\n"
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
 
 
 def _add_convert(parser: argparse.ArgumentParser) -> None:
@@ -156,8 +133,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         kind.add_argument("--classes", help="file with one class name per line")
         kind.add_argument("--val-fraction", type=float, default=0.0, help="share cut off as `val`")
         kind.add_argument("--seed", type=int, default=0)
-        kind.add_argument("--resize", type=_positive, help="shrink the shorter side to this")
-        kind.add_argument("--max-side", type=_positive, help="shrink the longer side to this")
+        kind.add_argument("--resize", type=positive, help="shrink the shorter side to this")
+        kind.add_argument("--max-side", type=positive, help="shrink the longer side to this")
         kind.add_argument("--quality", type=int, default=90, help="JPEG quality of what is shrunk")
         kind.add_argument(
             "--format",
@@ -167,8 +144,8 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
         )
         kind.add_argument("--on-error", choices=["fail", "skip"], default="fail")
         kind.add_argument("--overwrite", action="store_true", help="replace an existing split")
-        kind.add_argument("--workers", type=_positive, help="processes; default: all cores")
-        kind.add_argument("--shard-mb", type=_positive, default=128, help="MiB in a shard, about")
+        kind.add_argument("--workers", type=positive, help="processes; default: all cores")
+        kind.add_argument("--shard-mb", type=positive, default=128, help="MiB in a shard, about")
         kind.add_argument("--part", metavar="I/N", help="do only the I-th of N parts, from 1")
         kind.add_argument("--work", metavar="DIR", help="local folder for an --out URL")
         kind.add_argument("--keep-local", action="store_true", help="keep what --work holds")
@@ -177,19 +154,19 @@ def _add_convert(parser: argparse.ArgumentParser) -> None:
 def _add_plan(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("data", nargs="*", help="data set made by convert; several are joined")
     parser.add_argument("--split", help="of the data sets")
-    parser.add_argument("--samples", type=_positive, help="imagine so many, without a data set")
-    parser.add_argument("--shard-samples", type=_positive, default=1000, help="of --samples")
-    parser.add_argument("--sample-bytes", type=_positive, default=110_000, help="of --samples")
+    parser.add_argument("--samples", type=positive, help="imagine so many, without a data set")
+    parser.add_argument("--shard-samples", type=positive, default=1000, help="of --samples")
+    parser.add_argument("--sample-bytes", type=positive, default=110_000, help="of --samples")
     parser.add_argument("--weights", type=float, nargs="+", default=(), help="one per data set")
     parser.add_argument("--balance-classes", action="store_true")
-    parser.add_argument("--world-size", type=_positive, default=1, help="ranks")
-    parser.add_argument("--ranks-per-node", type=_positive, help="default: 8, or what divides")
+    parser.add_argument("--world-size", type=positive, default=1, help="ranks")
+    parser.add_argument("--ranks-per-node", type=positive, help="default: 8, or what divides")
     parser.add_argument("--cache-gb", type=float, default=64.0, help="of a node, for remote shards")
-    parser.add_argument("--global-batch", type=_positive, required=True)
-    parser.add_argument("--epochs", type=_positive, default=1)
+    parser.add_argument("--global-batch", type=positive, required=True)
+    parser.add_argument("--epochs", type=positive, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--lanes", type=_positive)
-    parser.add_argument("--block-shards", type=_positive, default=4)
+    parser.add_argument("--lanes", type=positive)
+    parser.add_argument("--block-shards", type=positive, default=4)
     parser.add_argument("--tail", choices=["carry", "drop"], default="carry")
     parser.add_argument("--steps", metavar="A:B", help="only these steps, B left out")
     form = parser.add_mutually_exclusive_group()
@@ -202,23 +179,20 @@ def _add_doctor(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", help="YAML file, such as runs/NAME/config.yaml")
     parser.add_argument("--split", help="default: the recipe's, or train, trainval, the only one")
     parser.add_argument("--architecture", help="network; default: the recipe's, or Large")
-    parser.add_argument("--batch-size", type=_positive, help="pictures per rank and forward pass")
-    parser.add_argument("--num-threads", type=_positive, help="decoding threads per rank")
-    parser.add_argument("--ranks", type=_positive, help="of this node; default: one per GPU")
+    parser.add_argument("--batch-size", type=positive, help="pictures per rank and forward pass")
+    parser.add_argument("--num-threads", type=positive, help="decoding threads per rank")
+    parser.add_argument("--ranks", type=positive, help="of this node; default: one per GPU")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--quick", action="store_true", help="a third of the time, less exact")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=2))
-
-
 def _convert(args: argparse.Namespace) -> None:
     from mbv3dist.convert.imagefolder import convert_imagefolder
-    from mbv3dist.convert.records import parse_part, read_class_file
+    from mbv3dist.convert.records import parse_part
     from mbv3dist.convert.summary import summary_lines
     from mbv3dist.convert.voc import convert_voc
+    from mbv3dist.data.class_names import read_class_file
 
     options = {
         "split": args.split,
@@ -237,7 +211,7 @@ def _convert(args: argparse.Namespace) -> None:
         "work": args.work,
         "keep_local": args.keep_local,
     }
-    with _progress("converting") as progress:
+    with Progress("converting") as progress:
         if args.kind == "imagefolder":
             report = convert_imagefolder(args.sources[0], args.out, progress=progress, **options)
         else:
@@ -258,7 +232,7 @@ def _inspect(args: argparse.Namespace) -> None:
 
     facts = inspect_dataset(args.data, args.split)
     if args.json:
-        _print_json(facts)
+        print_json(facts)
         return
     print(f"{args.data}: {facts['task']}, {len(facts['classes'])} classes")
     print(f"classes: {', '.join(facts['classes'])}")
@@ -273,10 +247,10 @@ def _inspect(args: argparse.Namespace) -> None:
 def _verify(args: argparse.Namespace) -> None:
     from mbv3dist.convert.verify import verify_dataset
 
-    with _progress("verifying") as progress:
+    with Progress("verifying") as progress:
         result = verify_dataset(args.data, progress=progress)
     if args.json:
-        _print_json(result)
+        print_json(result)
     else:
         for problem in result["problems"]:
             print(problem)
@@ -304,58 +278,10 @@ def _train(args: argparse.Namespace) -> None:
         print(f"models: {', '.join(str(Path(result['run']) / name) for name in models)}")
 
 
-def _eval(args: argparse.Namespace) -> None:
-    from mbv3dist.tools.score import score
-
-    with _progress("evaluating") as progress:
-        result = score(
-            args.model,
-            args.data,
-            split=args.split,
-            batch_size=args.batch_size,
-            num_threads=args.num_threads,
-            device=args.device,
-            progress=progress,
-        )
-    if result is None:  # a rank other than 0
-        return
-    if args.json:
-        _print_json(result)
-        return
-    for name, value in result.items():
-        if name != "per_class":
-            print(f"{name}: {value:.4f}" if isinstance(value, float) else f"{name}: {value}")
-    for name, scores in result.get("per_class", {}).items():
-        shown = "  ".join(
-            f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value}"
-            for key, value in scores.items()
-        )
-        print(f"  {name}: {shown}")
-
-
-def _predict(args: argparse.Namespace) -> None:
-    from mbv3dist.inference.predict import predict
-
-    with _progress("predicting") as progress:
-        result = predict(
-            args.model,
-            args.sources,
-            args.out,
-            score_threshold=args.score_threshold,
-            batch_size=args.batch_size,
-            device=args.device,
-            progress=progress,
-        )
-    if args.json:
-        _print_json(result)
-    else:
-        print(f"{len(result['pictures'])} picture(s) and predictions.json in {args.out}")
-
-
 def _doctor(args: argparse.Namespace) -> None:
     from mbv3dist.tools.doctor import print_doctor
 
-    with _progress("measuring") as progress:
+    with Progress("measuring") as progress:
         print_doctor(args, progress=progress)
 
 
@@ -363,33 +289,3 @@ def _quickstart(args: argparse.Namespace) -> None:
     from mbv3dist.tools.quickstart import quickstart
 
     quickstart(out=args.out, processes=args.processes)
-
-
-class _progress:  # noqa: N801
-    """A progress callback (done, total) on standard error: a bar, or a line now and then."""
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-        self._bar: Any = None
-        self._next_line = time.monotonic() + _SECONDS_PER_LINE
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
-            from rich.console import Console
-            from rich.progress import Progress
-
-            self._bar = Progress(console=Console(stderr=True), transient=True)
-            self._bar.start()
-            self._bar.add_task(self._text, total=None)
-        return self._update
-
-    def _update(self, done: int, total: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=done, total=total)
-        elif time.monotonic() > self._next_line and os.environ.get("RANK", "0") == "0":
-            self._next_line = time.monotonic() + _SECONDS_PER_LINE
-            print(f"{self._text}: {done}/{total}", file=sys.stderr, flush=True)
-
-    def __exit__(self, *error: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

@@ -120,7 +120,10 @@ class ModelConfig:
     )
     freeze_bn: bool = opt(False, "keep BatchNorm's statistics as they are")
     reduced_tail: bool = opt(False, "halve the channels of the last stage")
-    pretrained: bool = opt(False, "start from timm's ImageNet weights (needs network)")
+    pretrained: bool = opt(False, "start from ImageNet weights (needs network)")
+    pretrained_from: Literal["timm", "torchvision"] = opt(
+        "timm", "whose ImageNet weights; torchvision's are the best it has (large: V2)"
+    )
     init_from: str = opt("", "model directory to start from; heads of other classes are re-made")
     anchor_scales: tuple[float, ...] = opt(
         (0.2, 0.35, 0.5, 0.65, 0.8, 0.95, 1.0),
@@ -131,12 +134,26 @@ class ModelConfig:
     anchor_ratios: tuple[float, ...] = opt(
         (2.0, 3.0), "detectors: anchor ratios beside 1", low=1e-6, high=100
     )
+    anchor_steps: tuple[float, ...] = opt(
+        (),
+        "detectors: pixels between neighbouring anchors, one per map; default: canvas / cells",
+        low=1e-6,
+    )
     score_threshold: float = opt(0.001, "detectors: detections below are not scored", low=0, high=1)
     nms_threshold: float = opt(
         0.55, "detectors: IoU above which the weaker box goes", low=0, high=1
     )
     topk_candidates: int = opt(300, "detectors: boxes per class that enter NMS", low=1)
     max_detections: int = opt(300, "detectors: boxes kept per picture", low=1)
+    box_loss: Literal["smooth_l1", "giou", "diou"] = opt(
+        "smooth_l1", "detectors: loss of boxes; giou and diou compare boxes, not deltas"
+    )
+    classification_loss: Literal["hard_negative", "focal"] = opt(
+        "hard_negative", "detectors: cross-entropy with three hard negatives per positive, or focal"
+    )
+    label_smoothing: float = opt(
+        0.0, "detectors: label smoothing of the anchors' classes", low=0, high=0.99
+    )
     min_negatives: int = opt(0, "detectors: hard negatives of a picture without objects", low=0)
 
 

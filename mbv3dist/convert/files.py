@@ -23,7 +23,6 @@ __all__ = ["MAX_PICTURE_BYTES", "UnusableFileError", "open_regular", "read_bound
 
 MAX_XML_BYTES = 8 * 1024 * 1024
 MAX_LIST_BYTES = 256 * 1024 * 1024
-MAX_CLASSES_BYTES = 16 * 1024 * 1024
 _SHOWN = 300  # characters of a name or reason in a message
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 # What a terminal or an editor could take for something else than a letter.

@@ -15,11 +15,10 @@ from mbv3dist.convert.records import (
     Job,
     Options,
     Record,
-    check_classes,
-    read_class_file,
 )
 from mbv3dist.convert.run import convert_jobs
 from mbv3dist.convert.targets import check_targets, open_target
+from mbv3dist.data.class_names import check_classes, read_class_file
 from mbv3dist.data.formats import is_picture
 
 _SPLIT_FOLDERS = {"train", "val", "valid", "validation", "test", "trainval"}

@@ -11,19 +11,13 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from mbv3dist.convert.files import (
-    MAX_CLASSES_BYTES,
-    UnusableFileError,
-    name_problem,
-    read_bounded,
     show,
 )
 from mbv3dist.convert.pictures import shrunk_size
 from mbv3dist.data.idx import PICTURE_EXTENSIONS
 
 DEFAULT_SHARD_BYTES = 128 * 1024 * 1024
-MAX_NAME = 1000  # characters of a class name
 MAX_PATH = 5000
-MAX_CLASSES = 1_000_000
 MAX_PROBLEMS = 1_000_000  # some 300 bytes each; more than that is no data set with a few bad files
 _CURE = "mend these files, or leave them out with --on-error skip"
 
@@ -330,51 +324,3 @@ def parse_part(text: str) -> tuple[int, int]:
     if not (number.isdecimal() and count.isdecimal() and len(text) < 20):
         raise ValueError(f"--part is {text!r}; use I/N, such as 3/8 for the third of eight parts")
     return int(number), int(count)
-
-
-def read_class_file(path: str | Path) -> list[str]:
-    """Read class names, one foreground name per line; blank lines at the end are ignored.
-
-    Raises:
-        ValueError: if the file is missing, empty, names a class twice or names a background.
-    """
-    path = Path(path)
-    try:
-        text = read_bounded(path, MAX_CLASSES_BYTES).decode("utf-8-sig")
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"no class file {str(path)!r}; give a text file, one name a line"
-        ) from error
-    except UnusableFileError as error:
-        raise ValueError(f"class file {str(path)!r} is not read: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"class file {str(path)!r} is not UTF-8 text; save it as UTF-8") from error
-    names = [line.strip() for line in text.rstrip().splitlines()]
-    return check_classes(names, f"class file {str(path)!r}")
-
-
-def check_classes(names: Sequence[str], where: str) -> list[str]:
-    """Return the class names as a list.
-
-    Raises:
-        ValueError: if there is none, one is empty or stands twice, or is a background class.
-    """
-    if not 1 <= len(names) <= MAX_CLASSES:
-        raise ValueError(
-            f"{where} names {len(names)} classes; there must be at least one, and at most "
-            f"{MAX_CLASSES}"
-        )
-    for number, name in enumerate(names, start=1):
-        if not name or name != name.strip() or len(name) > MAX_NAME or name_problem(name):
-            raise ValueError(
-                f"{where}: name {number} is {show(name, 80)!r}; one name a line, none empty, at "
-                f"most {MAX_NAME} characters of UTF-8 without control characters"
-            )
-        if name in ("BACKGROUND", "__background__"):
-            raise ValueError(
-                f"{where}: name {number} is {name!r}; list foreground classes only, take it out"
-            )
-    double = [name for name, count in Counter(names).items() if count > 1]
-    if double:
-        raise ValueError(f"{where} names {double[0]!r} twice; take one out")
-    return list(names)

@@ -19,13 +19,12 @@ from mbv3dist.convert.records import (
     Job,
     Options,
     Record,
-    check_classes,
-    read_class_file,
 )
 from mbv3dist.convert.run import convert_jobs
 from mbv3dist.convert.targets import check_targets, open_target
 from mbv3dist.convert.voc_root import VocRoot, choose_ids, find_picture, open_root
 from mbv3dist.convert.voc_xml import Annotation
+from mbv3dist.data.class_names import check_classes, read_class_file
 
 
 def convert_voc(

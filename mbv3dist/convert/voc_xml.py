@@ -14,7 +14,7 @@ from functools import lru_cache
 from xml.etree.ElementTree import Element, ParseError, TreeBuilder
 
 from mbv3dist.convert.files import show
-from mbv3dist.convert.records import MAX_NAME
+from mbv3dist.data.class_names import MAX_NAME
 
 _MAX_DEPTH = 100  # elements within elements; annotations have four
 _SIDES = ("xmin", "ymin", "xmax", "ymax")

@@ -11,6 +11,7 @@ make counts, detections and mAP independent of the number of ranks to the last b
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,10 @@ from mbv3dist.models.preprocess import (
     evaluation_mode,
     evaluation_view,
     normalize,
+    place_detections,
 )
+from mbv3dist.models.preprocess_whole import whole_inputs
+from mbv3dist.ops.nms import Detections
 
 _MAX_CLASSES_SHOWN = 8
 
@@ -159,17 +163,23 @@ def _score_part(
         num_threads=num_threads,
         pin_memory=device.type == "cuda",
         cache=cache,
+        # Files instead of pictures, for models that want other pixels than the decoder's.
+        decode="cpu" if spec.preprocess.is_drawn else "gpu",
     )
-    for batch in batches:
-        indices = batch.index.tolist()
-        on_device = batch.to(device)
-        outputs = model(normalize(on_device.image, spec.preprocess))
-        scorer.add(on_device, outputs, indices=indices)
-        expected = range(mine.start + done, mine.start + done + len(indices))
-        assert indices == list(expected), "every sample once, in order"
-        done += len(indices)
-        if progress is not None:
-            progress(done, len(mine))
+    with ThreadPoolExecutor(num_threads) as pool:
+        for batch in batches:
+            indices = batch.index.tolist()
+            on_device = batch.to(device)
+            if batch.compressed is None:
+                images = normalize(on_device.image, spec.preprocess)
+            else:
+                images = whole_inputs(batch.compressed, spec, pool=pool).to(device)
+            scorer.add(on_device, model(images), indices=indices)
+            expected = range(mine.start + done, mine.start + done + len(indices))
+            assert indices == list(expected), "every sample once, in order"
+            done += len(indices)
+            if progress is not None:
+                progress(done, len(mine))
     assert done == len(mine)
 
 
@@ -214,24 +224,21 @@ class _Detection:
         self._sums: list[Tensor] = []  # [3]: regression, classification, positives
         self._others_sums = np.zeros(3)
 
-    def add(self, batch: Batch, outputs: tuple[Tensor, Tensor], *, indices: list[int]) -> None:
-        class_logits, box_deltas = outputs
-        anchors = self._model.anchors
-        assert isinstance(anchors, Tensor)
-        assert batch.boxes is not None and batch.labels is not None
-        size = (self._spec.input_size, self._spec.input_size)
-        targets = match_batch(anchors, batch.boxes, batch.labels, size=size, weight=batch.weight)
-        loss = multibox_loss(class_logits, box_deltas, targets, min_negatives=self._min_negatives)
-        sums = (loss.regression_sum, loss.classification_sum, loss.num_positives)
-        self._sums.append(torch.stack(sums))
-        found = detections_on_source(
-            class_logits,
-            box_deltas,
-            anchors,
-            spec=self._spec,
-            view=batch.view.cpu().numpy(),
-            size=batch.size.cpu().numpy(),
-        )
+    def add(
+        self, batch: Batch, outputs: tuple[Tensor, Tensor] | Detections, *, indices: list[int]
+    ) -> None:
+        view, size = batch.view.cpu().numpy(), batch.size.cpu().numpy()
+        if isinstance(outputs, Detections):  # an exported file with its own post-process
+            found = place_detections(outputs, view=view, size=size)
+            self._sums.append(torch.full((3,), torch.nan))  # without logits there is no loss
+        else:
+            class_logits, box_deltas = outputs
+            anchors = self._model.anchors
+            assert isinstance(anchors, Tensor)
+            self._add_loss(batch, class_logits, box_deltas, anchors)
+            found = detections_on_source(
+                class_logits, box_deltas, anchors, spec=self._spec, view=view, size=size
+            )
         # The truth is taken from the data set itself, not back from the canvas: no rounding.
         for index, truth, detections in zip(indices, batch.targets, found, strict=True):
             self._evaluator.add(
@@ -243,6 +250,16 @@ class _Detection:
                 truth_labels=truth.labels,
                 truth_difficult=truth.difficult,
             )
+
+    def _add_loss(
+        self, batch: Batch, class_logits: Tensor, box_deltas: Tensor, anchors: Tensor
+    ) -> None:
+        assert batch.boxes is not None and batch.labels is not None
+        size = (self._spec.input_size, self._spec.input_size)
+        targets = match_batch(anchors, batch.boxes, batch.labels, size=size, weight=batch.weight)
+        loss = multibox_loss(class_logits, box_deltas, targets, min_negatives=self._min_negatives)
+        sums = (loss.regression_sum, loss.classification_sum, loss.num_positives)
+        self._sums.append(torch.stack(sums))
 
     def payload(self) -> tuple[dict[str, NDArray[Any]], NDArray[np.float64]]:
         sums = [part.cpu().numpy().astype(np.float64) for part in self._sums]

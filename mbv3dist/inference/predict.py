@@ -4,7 +4,6 @@ Pictures go through the views and the decoder that evaluation uses, so that a pi
 same detections in both. From Python, `detect` and `classify` take pictures that are in memory.
 """
 
-import io
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,31 +14,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor, nn
 
 from mbv3dist.config import ViewConfig
 from mbv3dist.data.decode import Picture
 from mbv3dist.data.draws import Draws
 from mbv3dist.data.files import MAX_PICTURE_BYTES, read_bounded
-from mbv3dist.data.views import make_view
+from mbv3dist.data.views import View, make_view
+from mbv3dist.inference.in_memory import ImageLike, encoded, is_float_picture
 from mbv3dist.inference.sources import drawing_names, find_pictures
-from mbv3dist.models.directory import LoadedModel, ModelSpec, load_model
+from mbv3dist.models.directory import LoadedModel, ModelSpec
+from mbv3dist.models.onnx_model import load_any_model
 from mbv3dist.models.preprocess import (
     PictureDetections,
     detections_on_source,
     evaluation_mode,
     evaluation_view,
     normalize,
+    place_detections,
 )
+from mbv3dist.models.preprocess_whole import whole_input
+from mbv3dist.ops.nms import Detections
 from mbv3dist.viz.draw import draw_boxes, draw_classes
 
 DISPLAY_THRESHOLD = 0.3  # below this, most detections are noise to a person
 PREDICTIONS_FILE = "predictions.json"
-_PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
 _NO_BOXES = np.zeros((0, 4), dtype=np.float32)
 
-ImageLike = Image.Image | np.ndarray | Tensor
 Model = LoadedModel | tuple[nn.Module, ModelSpec]
 
 
@@ -58,7 +60,7 @@ def predict(
     """Find or name what is in pictures, draw it, and write predictions.json.
 
     Args:
-        model: Model directory, or a loaded model.
+        model: Model directory, exported .onnx file, or a loaded model.
         sources: Pictures, folders (searched with all below them) or globs (`**` allowed).
         out: Folder for the drawn pictures and predictions.json; made if missing. Drawn pictures
             keep the stem of their file; equal stems get "-2", "-3", ...
@@ -78,7 +80,7 @@ def predict(
     Raises:
         ValueError: No picture was found, one cannot be read, or `out` would overwrite one.
     """
-    loaded = model if isinstance(model, LoadedModel) else load_model(model)
+    loaded = model if isinstance(model, LoadedModel) else load_any_model(model)
     if score_threshold is not None and not 0.0 <= score_threshold < 1.0:
         raise ValueError(f"--score-threshold {score_threshold}: give a number from 0 to below 1")
     if batch_size < 1 or top < 1:
@@ -117,7 +119,7 @@ def detect(
     Args:
         model: A loaded detector, or (module, spec); it computes where it is.
         images: PIL pictures, numpy uint8 [H, W, 3] or [H, W], or tensors [3, H, W], uint8 or
-            float in [0, 1].
+            float in [0, 1] (rounded to levels, unless the model resizes floats).
         score_threshold: Detections below are left out; None: the model's own.
         batch_size: Pictures at a time.
 
@@ -132,7 +134,7 @@ def detect(
     runner = _Runner.of(model, task="detection")
     results = []
     for group in _groups(images, batch_size):
-        prepared = [runner.prepare(_encoded(image)) for image in group]
+        prepared = [runner.prepare_image(image) for image in group]
         for found in runner.run(prepared, score_threshold=score_threshold):
             assert isinstance(found, PictureDetections)
             results.append(
@@ -165,7 +167,7 @@ def classify(
     runner = _Runner.of(model, task="classification")
     results: list[list[tuple[str, float]]] = []
     for group in _groups(images, batch_size):
-        prepared = [runner.prepare(_encoded(image)) for image in group]
+        prepared = [runner.prepare_image(image) for image in group]
         for best in runner.run(prepared, top=top):
             assert isinstance(best, list)
             results.append(best)
@@ -192,9 +194,12 @@ def choose_device(device: str) -> torch.device:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A decoded picture: its canvas (uint8 [S, S, 3]), view, size, and the whole if it is drawn."""
+    """A decoded picture: its pixels, view and size, and the whole of it if it is drawn.
 
-    canvas: np.ndarray
+    The pixels are uint8 [S, S, 3], or the finished input, float32 [3, S, S].
+    """
+
+    pixels: Tensor
     view: np.ndarray
     height: int
     width: int
@@ -209,7 +214,9 @@ class _Runner:
     ) -> None:
         self._view: ViewConfig = evaluation_view(spec)
         self._spec = spec
-        self._device = next(module.parameters()).device if device is None else device
+        if device is None:  # an exported file has no parameters
+            device = next((p.device for p in module.parameters()), torch.device("cpu"))
+        self._device = device
         self._module = module.to(self._device)
 
     @classmethod
@@ -231,19 +238,36 @@ class _Runner:
     def prepare(self, data: bytes, *, keep: bool = False) -> _Prepared:
         """Decode a file's bytes as evaluation does."""
         picture = Picture(data)
-        size = self._spec.input_size
+        view = self._place(picture.width, picture.height)
+        if self._spec.preprocess.is_drawn:
+            size = self._spec.input_size
+            canvas = np.empty((size, size, 3), dtype=np.uint8)
+            picture.draw(view, canvas, fill=self._view.fill)
+            pixels = torch.from_numpy(canvas)
+        else:
+            pixels = whole_input(picture.image(), self._spec)
+        whole = picture.image() if keep else None
+        return _Prepared(pixels, view.vector(), picture.height, picture.width, whole)
+
+    def prepare_image(self, image: ImageLike) -> _Prepared:
+        """Take a picture in memory; only a model that resizes floats gets them unrounded."""
+        if not is_float_picture(image) or self._spec.preprocess.dtype != "float32":
+            return self.prepare(encoded(image))
+        assert isinstance(image, Tensor)
+        height, width = image.shape[1:]
+        pixels = whole_input(image.cpu(), self._spec)
+        return _Prepared(pixels, self._place(width, height).vector(), height, width, None)
+
+    def _place(self, width: int, height: int) -> View:
         view, _ = make_view(
             self._view,
-            width=picture.width,
-            height=picture.height,
-            size=size,
+            width=width,
+            height=height,
+            size=self._spec.input_size,
             boxes=_NO_BOXES,
             draws=Draws(0, epoch=0, sample=0),
         )
-        canvas = np.empty((size, size, 3), dtype=np.uint8)
-        picture.draw(view, canvas, fill=self._view.fill)
-        whole = picture.image() if keep else None
-        return _Prepared(canvas, view.vector(), picture.height, picture.width, whole)
+        return view
 
     @torch.no_grad()
     def run(
@@ -254,11 +278,18 @@ class _Runner:
         top: int = 1,
     ) -> list[PictureDetections] | list[list[tuple[str, float]]]:
         """Detections, or the best classes with their probabilities, of each picture."""
-        pixels = torch.from_numpy(np.stack([item.canvas for item in prepared]))
-        images = normalize(pixels.to(self._device).permute(0, 3, 1, 2), self._spec.preprocess)
+        images = torch.stack([item.pixels for item in prepared]).to(self._device)
+        if self._spec.preprocess.is_drawn:
+            images = normalize(images.permute(0, 3, 1, 2), self._spec.preprocess)
         with evaluation_mode(self._module):
             outputs = self._module(images)
         if self._spec.task == "detection":
+            view = np.stack([item.view for item in prepared])
+            size = np.array([(item.height, item.width) for item in prepared])
+            if isinstance(outputs, Detections):  # an exported file with its own post-process
+                return place_detections(
+                    outputs, view=view, size=size, score_threshold=score_threshold
+                )
             class_logits, box_deltas = outputs
             anchors = self._module.anchors
             assert isinstance(anchors, Tensor)
@@ -267,8 +298,8 @@ class _Runner:
                 box_deltas,
                 anchors,
                 spec=self._spec,
-                view=np.stack([item.view for item in prepared]),
-                size=np.array([(item.height, item.width) for item in prepared]),
+                view=view,
+                size=size,
                 score_threshold=score_threshold,
             )
         names = self._spec.classes
@@ -333,31 +364,6 @@ def _groups(images: Iterable[ImageLike], batch_size: int) -> Iterator[list[Image
             group = []
     if group:
         yield group
-
-
-def _encoded(image: ImageLike) -> bytes:
-    """A picture in memory as the bytes of a lossless file, so that one decoder serves all."""
-    if isinstance(image, Tensor):
-        if image.ndim != 3 or image.shape[0] != 3:
-            raise ValueError(f"a tensor has shape {tuple(image.shape)}; give [3, H, W]")
-        if image.is_floating_point():
-            if not bool(((image >= 0) & (image <= 1)).all()):
-                raise ValueError("a float tensor has values outside 0 to 1; divide it by 255")
-            image = (image * 255).round().to(torch.uint8)
-        image = image.permute(1, 2, 0).cpu().numpy()
-    if isinstance(image, np.ndarray):
-        grey_or_rgb = image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3)
-        if image.dtype != np.uint8 or not grey_or_rgb:
-            raise ValueError(
-                f"an array is {image.dtype} {image.shape}; give uint8 [H, W, 3] or [H, W]"
-            )
-        image = Image.fromarray(image)
-    upright = ImageOps.exif_transpose(image)
-    if upright.mode not in _PNG_MODES:
-        upright = upright.convert("RGB")
-    buffer = io.BytesIO()
-    upright.save(buffer, "PNG", compress_level=0)
-    return buffer.getvalue()
 
 
 def _make_folder(out: Path) -> None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mbv3dist.config import ModelConfig
+
 
 @dataclass(frozen=True)
 class AnchorConfig:
@@ -79,6 +81,17 @@ def scales_between(minimum: float, maximum: float, *, num_maps: int = 6) -> tupl
     return (*(minimum + step * k / (num_maps - 1.0) for k in range(num_maps)), 1.0)
 
 
+def recipe_anchors(recipe: ModelConfig) -> AnchorConfig:
+    """Return the anchors that a recipe's `model` section asks for.
+
+    Raises:
+        ValueError: if its numbers give no sensible anchors.
+    """
+    return AnchorConfig(
+        scales=recipe.anchor_scales, ratios=recipe.anchor_ratios, steps=recipe.anchor_steps
+    )
+
+
 def make_anchors(
     config: AnchorConfig,
     feature_sizes: Sequence[tuple[int, int]],
@@ -103,16 +116,10 @@ def make_anchors(
             f"anchors.scales: {len(config.scales)} scales are for {config.num_maps} maps, the "
             f"model has {len(feature_sizes)}; give {len(feature_sizes) + 1} scales"
         )
-    assert size is not None or not config.steps, "steps are in pixels and need the canvas size"
     anchors = []
     for k, (rows, columns) in enumerate(feature_sizes):
-        if config.steps and size is not None:
-            divide_y, divide_x = size[0] / config.steps[k], size[1] / config.steps[k]
-        else:
-            divide_y, divide_x = float(rows), float(columns)
-        centre_x = (torch.arange(columns) + 0.5) / divide_x
-        centre_y = (torch.arange(rows) + 0.5) / divide_y
-        shapes = torch.tensor(_cell_shapes(config, k), dtype=torch.float32)  # [S, 2]
+        centre_y, centre_x = cell_centres(config, k, (rows, columns), size=size)
+        shapes = torch.tensor(cell_shapes(config, k), dtype=torch.float32)  # [S, 2]
         grid = (rows, columns, len(shapes))
         anchors.append(
             torch.stack(
@@ -129,8 +136,31 @@ def make_anchors(
     return result.clamp(0, 1) if config.clip else result
 
 
-def _cell_shapes(config: AnchorConfig, k: int) -> list[tuple[float, float]]:
-    """Return (width, height) of the anchors of a cell of map k, as fractions of the canvas."""
+def cell_centres(
+    config: AnchorConfig, k: int, cells: tuple[int, int], *, size: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return where the cells of map k have their centres, not clipped.
+
+    Args:
+        config: steps between them.
+        k: number of the map.
+        cells: (rows, columns) of the map.
+        size: canvas (height, width) in pixels; needed only with `config.steps`.
+
+    Returns:
+        y, float32 [rows], and x, float32 [columns], as fractions of the canvas.
+    """
+    assert size is not None or not config.steps, "steps are in pixels and need the canvas size"
+    rows, columns = cells
+    if config.steps and size is not None:
+        divide_y, divide_x = size[0] / config.steps[k], size[1] / config.steps[k]
+    else:
+        divide_y, divide_x = float(rows), float(columns)
+    return (torch.arange(rows) + 0.5) / divide_y, (torch.arange(columns) + 0.5) / divide_x
+
+
+def cell_shapes(config: AnchorConfig, k: int) -> list[tuple[float, float]]:
+    """Return (width, height) of the anchors of a cell of map k, as fractions, not clipped."""
     scale = config.scales[k]
     between = math.sqrt(scale * config.scales[k + 1])
     shapes = [(scale, scale), (between, between)]

@@ -12,10 +12,13 @@ from functools import partial
 from typing import cast
 
 import timm
+import torchvision
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from timm.models._efficientnet_builder import decode_arch_def, round_channels
 from timm.models.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
+
+from mbv3dist.models.weights_torchvision import rename_classifier
 
 VARIANTS = ("small", "large")
 BN_EPS = 1e-3  # torchvision's; weights go with the eps they were trained with
@@ -47,12 +50,39 @@ _STAGES = {
 _TAIL = {"small": (96, 576, 1024), "large": (160, 960, 1280)}  # last, final, conv_head
 # The stage whose first block holds C4: the 9th (small) and the 13th (large) bottleneck.
 _C4_STAGE = {"small": 4, "large": 5}
+PRETRAINED_FROM = ("timm", "torchvision")
+# Models with ImageNet weights; of torchvision's the best ones ("DEFAULT") are taken.
 _PRETRAINED = {
-    ("large", 1.0): "mobilenetv3_large_100",
-    ("small", 1.0): "mobilenetv3_small_100",
-    ("small", 0.75): "mobilenetv3_small_075",
-    ("small", 0.5): "mobilenetv3_small_050",
+    "timm": {
+        ("large", 1.0): "mobilenetv3_large_100",
+        ("small", 1.0): "mobilenetv3_small_100",
+        ("small", 0.75): "mobilenetv3_small_075",
+        ("small", 0.5): "mobilenetv3_small_050",
+    },
+    "torchvision": {
+        ("large", 1.0): "mobilenet_v3_large",
+        ("small", 1.0): "mobilenet_v3_small",
+    },
 }
+
+
+def pretrained_library(pretrained: bool | str) -> str:
+    """Whose ImageNet weights an argument `pretrained` asks for; True is timm's, "" is nobody's.
+
+    Raises:
+        ValueError: if there is no such library.
+    """
+    library = ("timm" if pretrained else "") if isinstance(pretrained, bool) else pretrained
+    if library and library not in PRETRAINED_FROM:
+        raise ValueError(
+            f"model.pretrained: {library!r} is unknown; give one of {', '.join(PRETRAINED_FROM)}"
+        )
+    return library
+
+
+def bn_eps_of(pretrained: bool | str) -> float:
+    """Epsilon of the batch norms that weights of this origin were trained with."""
+    return TIMM_BN_EPS if pretrained_library(pretrained) == "timm" else BN_EPS
 
 
 def create_classifier(
@@ -64,7 +94,7 @@ def create_classifier(
     reduced_tail: bool = False,
     bn_eps: float | None = None,
     bn_momentum: float = CLASSIFIER_BN_MOMENTUM,
-    pretrained: bool = False,
+    pretrained: bool | str = False,
 ) -> MobileNetV3:
     """Build a classifier: images [B, 3, H, W] -> logits [B, num_classes].
 
@@ -76,8 +106,8 @@ def create_classifier(
         reduced_tail: halve the last stage's channels, as detectors without ImageNet weights do.
         bn_eps: epsilon of the batch norms; None: that of the pretrained weights, else 1e-3.
         bn_momentum: momentum of the batch norms.
-        pretrained: start from timm's ImageNet weights, downloaded by timm; the last layer is kept
-            only with 1000 classes.
+        pretrained: start from ImageNet weights, downloaded by "timm" (or True) or "torchvision";
+            the last layer is kept only with 1000 classes.
 
     Raises:
         ValueError: on unknown variants, impossible values, or weights that cannot be had.
@@ -89,7 +119,7 @@ def create_classifier(
     if num_classes < 1:
         raise ValueError(f"number of classes: {num_classes} must be at least 1")
     if bn_eps is None:
-        bn_eps = TIMM_BN_EPS if pretrained else BN_EPS
+        bn_eps = bn_eps_of(pretrained)
     model = MobileNetV3(
         block_args=decode_arch_def(_arch_def(variant, reduced_tail=reduced_tail)),
         num_classes=num_classes,
@@ -107,8 +137,11 @@ def create_classifier(
         ),
         drop_rate=dropout,
     )
-    if pretrained:
-        state = pretrained_state(variant, width=width, reduced_tail=reduced_tail)
+    library = pretrained_library(pretrained)
+    if library:
+        state = pretrained_state(variant, library, width=width, reduced_tail=reduced_tail)
+        if library == "torchvision":
+            state = rename_classifier(model, state)
         if state["classifier.weight"].shape[0] != num_classes:
             state = {k: v for k, v in state.items() if not k.startswith("classifier.")}
         model.load_state_dict(state, strict=False)
@@ -120,36 +153,45 @@ def _arch_def(variant: str, *, reduced_tail: bool) -> list[list[str]]:
     return [[block.format(last=last, final=final) for block in stage] for stage in _STAGES[variant]]
 
 
-def pretrained_state(variant: str, *, width: float, reduced_tail: bool) -> dict[str, Tensor]:
-    """Fetch timm's ImageNet weights through timm's own download code.
+def pretrained_state(
+    variant: str, library: str, *, width: float, reduced_tail: bool
+) -> dict[str, Tensor]:
+    """Fetch ImageNet weights through a library's own download code.
 
     Args:
         variant: "small" or "large".
+        library: of `PRETRAINED_FROM`.
         width: channel multiplier.
         reduced_tail: refused, since no such weights exist.
 
     Returns:
-        The state dict of timm's classifier with 1000 classes.
+        The state dict of the library's classifier with 1000 classes, under its own names.
 
     Raises:
-        ValueError: if timm has no such weights or they cannot be downloaded.
+        ValueError: if the library has no such weights or they cannot be downloaded.
     """
-    name = _PRETRAINED.get((variant, width))
+    names = _PRETRAINED[library]
+    name = names.get((variant, width))
     if name is None or reduced_tail:
-        have = ", ".join(f"{v} at width {w}" for v, w in _PRETRAINED)
+        have = ", ".join(f"{v} at width {w}" for v, w in names)
         tail = " with the reduced tail" if reduced_tail else ""
         raise ValueError(
-            f"model.pretrained: no ImageNet weights for {variant} at width {width}{tail}; there "
-            f"are {have}, all with the full tail (set model.reduced_tail to false)"
+            f"model.pretrained: {library} has no ImageNet weights for {variant} at width "
+            f"{width}{tail}; there are {have}, all with the full tail (set model.reduced_tail to "
+            "false)"
         )
     try:
-        return cast(nn.Module, timm.create_model(name, pretrained=True)).state_dict()
-    except Exception as error:  # timm's downloaders raise a dozen unrelated types
+        if library == "timm":
+            model = timm.create_model(name, pretrained=True)
+        else:
+            model = torchvision.models.get_model(name, weights="DEFAULT")
+    except Exception as error:  # the downloaders raise a dozen unrelated types
         reason = str(error).strip().split("\n")[0]
         raise ValueError(
-            f"model.pretrained: weights of timm's {name} could not be fetched ({reason}); connect "
-            "to the network or set model.pretrained to false and give a local file instead"
+            f"model.pretrained: weights of {library}'s {name} could not be fetched ({reason}); "
+            "connect to the network or set model.pretrained to false and give a local file instead"
         ) from error
+    return cast(nn.Module, model).state_dict()
 
 
 class Backbone(nn.Module):
@@ -167,7 +209,7 @@ class Backbone(nn.Module):
         reduced_tail: bool = False,
         bn_eps: float | None = None,
         bn_momentum: float = DETECTOR_BN_MOMENTUM,
-        pretrained: bool = False,
+        pretrained: bool | str = False,
     ) -> None:
         """Build it; arguments as for `create_classifier`."""
         super().__init__()

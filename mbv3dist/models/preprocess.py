@@ -1,7 +1,8 @@
 """From a picture's canvas to a model's input, and from its outputs back to the picture.
 
 Evaluation and prediction share these steps, so that both see the same pixels and give the same
-detections. Shapes: B pictures, S side of the canvas in pixels.
+detections. `preprocess_whole.py` has the inputs of models that want other pixels than the
+decoder's (`Preprocess.is_drawn` tells). Shapes: B pictures, S side of the canvas in pixels.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from mbv3dist.config import ViewConfig
 from mbv3dist.data.views import vector_to_source
 from mbv3dist.models.directory import ModelSpec, Preprocess
-from mbv3dist.ops.nms import postprocess
+from mbv3dist.ops.nms import Detections, postprocess
 
 
 @dataclass(frozen=True)
@@ -39,15 +40,9 @@ def evaluation_view(spec: ModelSpec) -> ViewConfig:
     """How pictures are placed on the canvas for a model that is not in training.
 
     Raises:
-        ValueError: The model wants pixels prepared in a way that the decoder does not offer.
+        ValueError: The description contradicts itself.
     """
     wanted = spec.preprocess
-    if (wanted.interpolation, wanted.antialias, wanted.dtype) != ("bilinear", True, "uint8"):
-        raise ValueError(
-            f"model.json: preprocess asks for {wanted.dtype} {wanted.interpolation} resizing with "
-            f"antialias {wanted.antialias}; only uint8 bilinear resizing with antialias true is "
-            "offered, so set these and check the scores"
-        )
     if spec.task == "classification":
         return ViewConfig(name="center_crop", resize=wanted.resize)
     if wanted.resize != spec.input_size:
@@ -123,11 +118,34 @@ def detections_on_source(
         topk_candidates=thresholds.topk_candidates,
         max_detections=thresholds.max_detections,
     )
+    return place_detections(found, view=view, size=size)
+
+
+def place_detections(
+    found: Detections,
+    *,
+    view: np.ndarray,
+    size: np.ndarray,
+    score_threshold: float | None = None,
+) -> list[PictureDetections]:
+    """Move detections from the canvas back to the original pictures.
+
+    Args:
+        found: With boxes in canvas pixels, best score first.
+        view: float32 [B, 8], where each picture lies on the canvas (`Batch.view`).
+        size: int [B, 2], height and width of each original picture.
+        score_threshold: Only detections above it; None: all.
+
+    Returns:
+        One entry per picture.
+    """
     boxes, scores, labels, count = (
         part.cpu().numpy() for part in (found.boxes, found.scores, found.labels, found.count)
     )
     result = []
     for place, kept in enumerate(count.tolist()):
+        if score_threshold is not None:
+            kept = int((scores[place, :kept] > score_threshold).sum())
         height, width = size[place].tolist()
         moved = vector_to_source(view[place], boxes[place, :kept])
         limits = np.array((width, height, width, height), dtype=np.float32)

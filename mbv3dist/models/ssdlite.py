@@ -19,7 +19,7 @@ from timm.models.mobilenetv3 import MobileNetV3
 from torch import Tensor, nn
 
 from mbv3dist.models.anchors import AnchorConfig, make_anchors
-from mbv3dist.models.mobilenetv3 import BN_EPS, DETECTOR_BN_MOMENTUM, TIMM_BN_EPS, Backbone
+from mbv3dist.models.mobilenetv3 import DETECTOR_BN_MOMENTUM, Backbone, bn_eps_of
 
 EXTRA_CHANNELS = (512, 256, 256, 128)
 NUM_MAPS = 2 + len(EXTRA_CHANNELS)
@@ -48,7 +48,7 @@ class SSDLite(nn.Module):
         anchor_config: AnchorConfig | None = None,
         bn_eps: float | None = None,
         bn_momentum: float = DETECTOR_BN_MOMENTUM,
-        pretrained: bool = False,
+        pretrained: bool | str = False,
     ) -> None:
         """Build a detector.
 
@@ -61,7 +61,8 @@ class SSDLite(nn.Module):
             anchor_config: anchors; None: torchvision's.
             bn_eps: epsilon of the batch norms; None: that of the pretrained weights, else 1e-3.
             bn_momentum: momentum of the batch norms.
-            pretrained: take the backbone from timm's ImageNet weights (full tail only).
+            pretrained: take the backbone from ImageNet weights of "timm" (or True) or
+                "torchvision" (full tail only).
 
         Raises:
             ValueError: on impossible values, or weights that cannot be had.
@@ -70,7 +71,7 @@ class SSDLite(nn.Module):
         if input_size < 32:
             raise ValueError(f"model.input_size: {input_size} must be at least 32 pixels")
         if bn_eps is None:
-            bn_eps = TIMM_BN_EPS if pretrained else BN_EPS
+            bn_eps = bn_eps_of(pretrained)
         norm = partial(nn.BatchNorm2d, eps=bn_eps, momentum=bn_momentum)
         config = anchor_config or AnchorConfig()
         self.input_size = input_size

@@ -7,17 +7,21 @@ it is one to one, so it serves both directions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models._efficientnet_blocks import ConvBnAct, DepthwiseSeparableConv, InvertedResidual
 from torch import Tensor, nn
 
 from mbv3dist.messages import one_line, shown
 from mbv3dist.models.pickles import load_pickle
 from mbv3dist.models.ssdlite import SSDLite
+from mbv3dist.models.weights_torchvision import (
+    classifier_modules,
+    feature_modules,
+    unflatten_head,
+)
 
 State = dict[str, Tensor]
 # Where checkpoints of training scripts keep the weights.
@@ -85,14 +89,13 @@ def torchvision_keys(model: nn.Module) -> dict[str, str]:
         for index, blocks in enumerate(model.backbone.blocks):
             feature += len(blocks) if index < stage else 0
         # features.0 is the stem, so the tapped bottleneck comes after `feature` others.
-        modules = _feature_modules(model.backbone, split_at=feature + 1)
+        modules = feature_modules(model.backbone, split_at=feature + 1)
         modules = {f"backbone.{ours}": f"backbone.{theirs}" for ours, theirs in modules.items()}
         modules["extras"] = "backbone.extra"
         modules["class_heads"] = "head.classification_head.module_list"
         modules["box_heads"] = "head.regression_head.module_list"
     else:
-        modules = _feature_modules(model, split_at=None)
-        modules["conv_head"], modules["classifier"] = "classifier.0", "classifier.3"
+        modules = classifier_modules(model)
     keys = {}
     for name in model.state_dict():
         module = name.rpartition(".")[0]
@@ -103,74 +106,10 @@ def torchvision_keys(model: nn.Module) -> dict[str, str]:
     return keys
 
 
-def _feature_modules(model: nn.Module, *, split_at: int | None) -> dict[str, str]:
-    """Map timm's module names of a trunk to torchvision's.
-
-    Args:
-        model: a classifier or a Backbone.
-        split_at: number of the feature that torchvision's detector cuts in two, after its
-            expansion; None for a classifier.
-
-    Returns:
-        our module -> torchvision's module, for every convolution and batch norm.
-    """
-
-    def feature(number: int, layer: str) -> str:
-        if split_at is None or number < split_at:
-            part = "features" if split_at is None else "features.0"
-            return f"{part}.{number}.{layer}"
-        if number > split_at:
-            return f"features.1.{number - split_at}.{layer}"
-        # The cut feature: block.0 goes to the first half, block.1 and the rest to the second.
-        layer = layer.removeprefix("block.")
-        return (
-            f"features.0.{number}.{layer[2:]}"
-            if layer.startswith("0.")
-            else f"features.1.0.{layer}"
-        )
-
-    modules = {"conv_stem": feature(0, "0"), "bn1": feature(0, "1")}
-    number = 0
-    for stage_index, stage in enumerate(model.get_submodule("blocks").children()):
-        for block_index, block in enumerate(stage.children()):
-            number += 1
-            for name, layer in _block_layers(block):
-                modules[f"blocks.{stage_index}.{block_index}.{name}"] = feature(number, layer)
-    return modules
-
-
-def _block_layers(block: nn.Module) -> Iterable[tuple[str, str]]:
-    """Pairs (timm's layer, torchvision's layer) of a block."""
-    if isinstance(block, ConvBnAct):
-        return [("conv", "0"), ("bn1", "1")]
-    if isinstance(block, DepthwiseSeparableConv):
-        convolutions = [("conv_dw", "bn1"), ("conv_pw", "bn2")]
-        squeeze_after = 0
-    else:
-        assert isinstance(block, InvertedResidual)
-        convolutions = [("conv_pw", "bn1"), ("conv_dw", "bn2"), ("conv_pwl", "bn3")]
-        squeeze_after = 1
-    layers: list[tuple[str, str]] = []
-    position = 0
-    for index, (convolution, norm) in enumerate(convolutions):
-        layers += [(convolution, f"block.{position}.0"), (norm, f"block.{position}.1")]
-        position += 1
-        if index == squeeze_after and not isinstance(block.se, nn.Identity):
-            layers += [("se.conv_reduce", f"block.{position}.fc1")]
-            layers += [("se.conv_expand", f"block.{position}.fc2")]
-            position += 1
-    return layers
-
-
 def from_torchvision(model: nn.Module, state: Mapping[str, Tensor]) -> State:
     """Rename a torchvision state dict for `model`; unknown names stay as they are."""
     ours = {theirs: name for name, theirs in torchvision_keys(model).items()}
-    renamed = {ours.get(name, name): value for name, value in state.items()}
-    # timm's conv_head is a 1x1 convolution where torchvision has a linear layer.
-    head = renamed.get("conv_head.weight")
-    if head is not None and head.ndim == 2:
-        renamed["conv_head.weight"] = head[:, :, None, None]
-    return renamed
+    return unflatten_head({ours.get(name, name): value for name, value in state.items()})
 
 
 def to_torchvision(model: nn.Module) -> State:
@@ -180,6 +119,13 @@ def to_torchvision(model: nn.Module) -> State:
     if not isinstance(model, SSDLite):
         state["classifier.0.weight"] = state["classifier.0.weight"].flatten(1)
     return state
+
+
+def to_timm(model: nn.Module) -> State:
+    """State dict of `model` under timm's names and shapes; of a detector, that of its backbone."""
+    if isinstance(model, SSDLite):
+        return dict(model.backbone.state_dict())
+    return dict(model.state_dict())
 
 
 def to_our_names(model: nn.Module, state: Mapping[str, Tensor]) -> State:
@@ -213,7 +159,7 @@ def to_our_names(model: nn.Module, state: Mapping[str, Tensor]) -> State:
     if "features.0.0.weight" in state:
         if not isinstance(model, SSDLite):
             return from_torchvision(model, state)
-        names = _feature_modules(model.backbone, split_at=None)
+        names = feature_modules(model.backbone, split_at=None)
         ours = {theirs: f"backbone.{name}" for name, theirs in names.items()}
         renamed = {}
         for name, value in state.items():
@@ -328,6 +274,22 @@ def _check(
     model: nn.Module, state: Mapping[str, Tensor], *, source: str, optional: tuple[str, ...]
 ) -> None:
     """Raise ValueError unless `state` fits `model`; entries in `optional` may be missing."""
+    problem = misfit(model, state, optional=optional)
+    if problem:
+        raise ValueError(
+            f"{source}: weights do not fit the model, {problem}; "
+            "use the variant, width, reduced_tail and class count the weights were made with"
+        )
+
+
+def misfit(model: nn.Module, state: Mapping[str, Tensor], *, optional: tuple[str, ...] = ()) -> str:
+    """Say why a state dict does not fit a model, naming the first few entries; empty if it does.
+
+    Args:
+        model: a classifier or a detector of ours, not wrapped.
+        state: name -> tensor, under our names.
+        optional: entries that may be missing; counters of batch norms always may.
+    """
     own = model.state_dict()
     may_lack = set(optional)
     missing = [k for k in own if k not in state and k not in may_lack and not k.endswith(_COUNTER)]
@@ -344,7 +306,5 @@ def _check(
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(
-                f"{source}: weights do not fit the model, {what}: {', '.join(names[:3])}{more}; "
-                "use the variant, width, reduced_tail and class count the weights were made with"
-            )
+            return f"{what}: {one_line(', '.join(names[:3]))}{more}"
+    return ""

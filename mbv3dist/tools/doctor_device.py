@@ -20,11 +20,12 @@ from mbv3dist.data.index import Split
 from mbv3dist.models.ssdlite import SSDLite, parameter_groups
 from mbv3dist.ops.color import normalize_images
 from mbv3dist.tools.doctor_data import open_loader
+from mbv3dist.training.build import build_model
 from mbv3dist.training.classification import ClassificationTask
 from mbv3dist.training.detection import DetectionTask
 from mbv3dist.training.meter import Meter
 from mbv3dist.training.optim import build_optimizer, set_lr, train_mode
-from mbv3dist.training.setup import Task, build_model
+from mbv3dist.training.setup import Task
 from mbv3dist.training.to_device import ToDevice
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}

@@ -85,11 +85,12 @@ def opened(
             yield open_splits([str(draw_data_set(Path(folder)))], "train"), True
         return
     cache_dir = config.data.cache_dir or None if config is not None else None
-    name = config.data.train_split if config is not None else split or _choose_split(paths[0])
+    name = config.data.train_split if config is not None else split or choose_split(paths[0])
     yield open_splits(list(paths), name, cache_dir=cache_dir), False
 
 
-def _choose_split(data: str) -> str:
+def choose_split(data: str) -> str:
+    """The usual training split of a data set, or its only one."""
     names = require_splits(data)
     for name in _USUAL_SPLITS:
         if name in names:

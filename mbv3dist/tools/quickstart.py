@@ -31,7 +31,7 @@ from mbv3dist.models.directory import load_model
 from mbv3dist.recipe import load_config
 from mbv3dist.tools.drawings import CLASSES
 from mbv3dist.tools.drawn import make_drawn_dataset
-from mbv3dist.training.setup import build_model
+from mbv3dist.training.build import build_model
 from mbv3dist.viz.draw import contact_sheet
 from mbv3dist.viz.plots import plot_class_scores, plot_training
 

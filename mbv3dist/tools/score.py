@@ -10,7 +10,7 @@ from mbv3dist.data.index import open_split
 from mbv3dist.data.store import CacheOptions, node_options
 from mbv3dist.evaluation.run import evaluate
 from mbv3dist.inference.predict import choose_device
-from mbv3dist.models.directory import load_model
+from mbv3dist.models.onnx_model import load_any_model
 
 
 def score(
@@ -27,7 +27,7 @@ def score(
     """Scores a model directory on a split; under torchrun the ranks share the work.
 
     Args:
-        model: model directory.
+        model: model directory, or exported .onnx file.
         data: data set made by convert.
         split: its split.
         batch_size: pictures per rank and step.
@@ -42,7 +42,7 @@ def score(
     Raises:
         ValueError: model and data do not fit, or the device is not there.
     """
-    loaded = load_model(model)
+    loaded = load_any_model(model)
     cache = cache or node_options()
     opened = open_split(data, split, cache_dir=cache.folder)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:

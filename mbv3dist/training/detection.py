@@ -5,9 +5,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mbv3dist.config import TrainConfig
+from mbv3dist.config import ModelConfig, TrainConfig
 from mbv3dist.data.batch import Batch
 from mbv3dist.models.loss import Targets, match_batch, multibox_loss
+from mbv3dist.ops.boxes import anchors_to_pixels
 
 
 @dataclass(frozen=True)
@@ -17,20 +18,22 @@ class DetectionTask:
     Attributes:
         anchors: float32 [A, 4], cxcywh in 0..1.
         size: canvas (height, width) in pixels.
-        min_negatives: hard negatives of a picture without objects.
+        pixels: float32 [A, 4], the anchors as xyxy canvas pixels.
+        config: kinds of loss.
     """
 
     anchors: Tensor
     size: tuple[int, int]
-    min_negatives: int
+    pixels: Tensor
+    config: ModelConfig
 
     metric: ClassVar[str] = "map"
 
     @classmethod
     def from_config(cls, config: TrainConfig, anchors: Tensor) -> "DetectionTask":
         """The task as the recipe has it."""
-        side = config.model.input_size
-        return cls(anchors, (side, side), config.model.min_negatives)
+        size = (config.model.input_size, config.model.input_size)
+        return cls(anchors, size, anchors_to_pixels(anchors, size), config.model)
 
     def targets(self, batch: Batch) -> Targets:
         """Matches anchors with boxes; needs no model, so it runs before the forward pass."""
@@ -49,7 +52,14 @@ class DetectionTask:
         """Sums of the loss parts over this micro-batch, each 0-d."""
         class_logits, box_deltas = outputs
         loss = multibox_loss(
-            class_logits.float(), box_deltas.float(), targets, min_negatives=self.min_negatives
+            class_logits.float(),
+            box_deltas.float(),
+            targets,
+            min_negatives=self.config.min_negatives,
+            label_smoothing=self.config.label_smoothing,
+            box_loss=self.config.box_loss,
+            classification_loss=self.config.classification_loss,
+            anchors=self.pixels,
         )
         return {
             "loss_regression": loss.regression_sum,

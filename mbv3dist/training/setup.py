@@ -3,7 +3,7 @@
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol
@@ -22,11 +22,10 @@ from mbv3dist.data.plan import Plan
 from mbv3dist.data.state import ACCEPTABLE, resume_step
 from mbv3dist.data.store import CacheOptions, node_options
 from mbv3dist.messages import shown
-from mbv3dist.models.anchors import AnchorConfig
-from mbv3dist.models.directory import ModelSpec, Thresholds, load_model, model_from_spec, new_spec
+from mbv3dist.models.directory import ModelSpec
 from mbv3dist.models.ssdlite import SSDLite, parameter_groups
-from mbv3dist.models.weights import transfer
 from mbv3dist.recipe import config_to_dict
+from mbv3dist.training.build import build_model
 from mbv3dist.training.checkpoint import (
     Checkpoint,
     find_checkpoint,
@@ -126,6 +125,8 @@ def prepare(config: TrainConfig) -> Run:
     spec, model = build_model(
         config, train_split.classes, train_fingerprint=train_split.fingerprint
     )
+    if config.model.init_from:
+        accelerator.print(spec.provenance["init_from"])
     model = model.to(accelerator.device)
     if config.channels_last:
         model = model.to(memory_format=torch.channels_last)
@@ -206,54 +207,6 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise ValueError("--sync_bn works on GPUs only; leave it out on CPUs")
     check_world_size(accelerator.num_processes)
     return accelerator
-
-
-def build_model(
-    config: TrainConfig, classes: tuple[str, ...], *, train_fingerprint: str = ""
-) -> tuple[ModelSpec, nn.Module]:
-    """The model of the recipe, from random weights, timm's, or a model directory."""
-    recipe = config.model
-    is_detector = config.task == "detection"
-    spec = new_spec(
-        recipe.architecture,
-        classes,
-        input_size=recipe.input_size,
-        width=recipe.width,
-        dropout=recipe.dropout,
-        reduced_tail=recipe.reduced_tail,
-        anchors=AnchorConfig(scales=recipe.anchor_scales, ratios=recipe.anchor_ratios)
-        if is_detector
-        else None,
-        thresholds=Thresholds(
-            score=recipe.score_threshold,
-            nms=recipe.nms_threshold,
-            topk_candidates=recipe.topk_candidates,
-            max_detections=recipe.max_detections,
-        )
-        if is_detector
-        else None,
-        pretrained=recipe.pretrained,
-        provenance={"run": config.name, "data": train_fingerprint, "seed": config.seed},
-    )
-    source = load_model(recipe.init_from) if recipe.init_from else None
-    if source is not None:
-        if source.spec.task != config.task:
-            raise ValueError(
-                f"--model.init_from {recipe.init_from} is a {source.spec.task} model, this run "
-                f"trains a {config.task} model; give a model of the same task"
-            )
-        # Weights go on seeing what they were trained on.
-        theirs = source.spec.preprocess
-        preprocess = replace(spec.preprocess, mean=theirs.mean, std=theirs.std)
-        spec = replace(spec, bn_eps=source.spec.bn_eps, preprocess=preprocess)
-    model = model_from_spec(spec, pretrained=recipe.pretrained)
-    if recipe.bn_momentum is not None:
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = recipe.bn_momentum
-    if source is not None:
-        transfer(model, source.model.state_dict(), source=recipe.init_from)
-    return spec, model
 
 
 def _settle_buckets(run: Run) -> None:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -19,6 +21,8 @@ Records = Sequence[Mapping[str, Any]]
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _GREY = "#666666"
 _GRID = "#dddddd"
+_MAX_DOTS = 4000  # of a scatter plot
+_MAX_PANELS = 12
 _METRICS = {
     "map": "mAP (IoU 0.50:0.95)",
     "map_50": "mAP@50",
@@ -137,6 +141,115 @@ def plot_class_scores(
         _legend(axes)
     if title:
         axes.set_title(title, fontsize=11, fontweight="bold")
+    return _save(figure, out)
+
+
+def plot_anchor_shapes(
+    sides: np.ndarray,
+    labels: np.ndarray,
+    classes: Sequence[str],
+    shapes: Mapping[str, Sequence[Sequence[tuple[float, float]]]],
+    out: str | Path,
+    *,
+    title: str | None = None,
+) -> Path:
+    """Draw the boxes' widths and heights as dots, the anchors' over them, a panel for each set.
+
+    Args:
+        sides: float [T, 2], width and height of boxes in canvas pixels.
+        labels: int [T], class numbers.
+        classes: Names of the classes.
+        shapes: Name of a set of anchors -> for each map the (width, height) of a cell's anchors.
+        out: Picture to write; the extension says the format.
+        title: Heading; None: none.
+
+    Returns:
+        The path written.
+    """
+    figure = _figure(width=5.4 * len(shapes), height=5.4 + (0.3 if title else 0.0))
+    shown = np.sort(np.random.default_rng(0).permutation(len(sides))[:_MAX_DOTS])
+    first = None
+    for number, (name, maps) in enumerate(shapes.items(), start=1):
+        axes = first = figure.add_subplot(1, len(shapes), number, sharex=first, sharey=first)
+        for label in np.unique(labels[shown]).tolist():
+            dots = sides[shown][labels[shown] == label]
+            color = _COLORS[label % len(_COLORS)]
+            text = classes[label] if label < len(_COLORS) else None
+            x, y = dots.T
+            axes.scatter(x, y, s=5, alpha=0.35, color=color, linewidths=0, label=text)
+        for k, cell in enumerate(maps):
+            wide, high = zip(*cell, strict=True)
+            axes.scatter(
+                wide, high, s=34, marker="s", facecolors="none", edgecolors="black", linewidths=1.0
+            )
+            axes.annotate(
+                str(k + 1), cell[0], fontsize=7.5, xytext=(5, 3), textcoords="offset points"
+            )
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_aspect("equal")
+        axes.set_xlabel("width in pixels")
+        axes.set_ylabel("height in pixels")
+        axes.set_title(name, fontsize=11)
+        axes.grid(color=_GRID, linewidth=0.7)
+        legend = axes.legend(fontsize=8, framealpha=0.9, edgecolor="none", markerscale=2.5)
+        for handle in legend.legend_handles:
+            if handle is not None:
+                handle.set_alpha(1.0)
+    if title:
+        figure.suptitle(f"{title}\n(squares: anchors, with the number of their map)", fontsize=11)
+    return _save(figure, out)
+
+
+def plot_coverage(
+    best_iou: Mapping[str, np.ndarray],
+    labels: np.ndarray,
+    classes: Sequence[str],
+    out: str | Path,
+    *,
+    threshold: float,
+    title: str | None = None,
+) -> Path:
+    """Draw how the boxes' best IoU with an anchor is distributed, a panel for each class.
+
+    Args:
+        best_iou: Name of a set of anchors -> float [T].
+        labels: int [T], class numbers.
+        classes: Names of the classes; the 12 with most boxes are drawn.
+        out: Picture to write; the extension says the format.
+        threshold: IoU from which an anchor is positive.
+        title: Heading; None: none.
+
+    Returns:
+        The path written.
+    """
+    counts = np.bincount(labels, minlength=len(classes))
+    shown = sorted(np.flatnonzero(counts).tolist(), key=lambda label: -counts[label])[:_MAX_PANELS]
+    columns = min(3, len(shown))
+    rows = -(-len(shown) // columns)
+    figure = _figure(width=4.2 * columns, height=2.6 * rows + (0.4 if title else 0.0))
+    edges = np.linspace(0, 1, 26)
+    for number, label in enumerate(shown, start=1):
+        axes = figure.add_subplot(rows, columns, number)
+        for color, (name, values) in zip(_COLORS, best_iou.items(), strict=False):
+            own = values[labels == label]
+            share = (own >= threshold).mean()
+            heights = np.histogram(own, edges)[0] / len(own)
+            text = f"{name}: {share:.0%} >= {threshold}"
+            axes.stairs(heights, edges, color=color, fill=True, alpha=0.25)
+            axes.stairs(heights, edges, color=color, linewidth=1.5, label=text)
+        axes.axvline(threshold, color=_GREY, linewidth=1.0, linestyle="--")
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("IoU with the best anchor")
+        axes.set_ylabel("share of boxes")
+        axes.set_ylim(0, 1.4 * axes.get_ylim()[1])  # room for the legend
+        axes.set_title(f"{classes[label]}, {counts[label]} boxes", fontsize=10)
+        axes.grid(color=_GRID, linewidth=0.7)
+        _legend(axes)
+    if title:
+        figure.suptitle(title, fontsize=12, fontweight="bold")
     return _save(figure, out)
 
 

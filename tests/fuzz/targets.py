@@ -297,7 +297,7 @@ def make_list(rng: Random, seeds: Seeds) -> Case:
 
 def run_list(case: Case, box: Path, seeds: Seeds) -> bool:
     """Read a file of class names."""
-    from mbv3dist.convert.records import read_class_file
+    from mbv3dist.data.class_names import read_class_file
 
     names = read_class_file(box / "in" / "classes.txt")
     require(len(set(names)) == len(names) > 0, "names")

@@ -8,7 +8,8 @@ from PIL import Image
 
 from mbv3dist.convert.imagefolder import convert_imagefolder
 from mbv3dist.convert.pictures import load_picture
-from mbv3dist.convert.records import ConversionError, read_class_file
+from mbv3dist.convert.records import ConversionError
+from mbv3dist.data.class_names import read_class_file
 from mbv3dist.data.formats import PictureError
 from mbv3dist.data.index import open_split
 

@@ -69,6 +69,7 @@ def test_files_are_deterministic_and_free_of_leftovers(tmp_path: Path) -> None:
         "dtype": "uint8",
         "mean": [0.5, 0.5, 0.5],
         "std": [0.5, 0.5, 0.5],
+        "whole": False,
     }
     assert content["anchors"]["ratios"] == [1.5]
     assert content["thresholds"]["score"] == 0.01

@@ -14,9 +14,10 @@ from PIL import Image
 from mbv3dist.convert.files import UnusableFileError, read_bounded, show, walk_files
 from mbv3dist.convert.imagefolder import convert_imagefolder
 from mbv3dist.convert.pictures import load_picture
-from mbv3dist.convert.records import ConversionError, read_class_file
+from mbv3dist.convert.records import ConversionError
 from mbv3dist.convert.voc import convert_voc
 from mbv3dist.convert.voc_xml import AnnotationError, parse_annotation
+from mbv3dist.data.class_names import read_class_file
 from mbv3dist.data.formats import PictureError
 from mbv3dist.data.index import open_split
 
