@@ -276,7 +276,8 @@ class _Search:
         best = self._map_iou(config, 0)
         for k in range(1, config.num_maps):
             best = np.maximum(best, self._map_iou(config, k))
-        return float(((best + (best >= POSITIVE_IOU)) / 2) @ self._weights)
+        # No `@`: BLAS would start threads for it, thousands of times.
+        return float(((best + (best >= POSITIVE_IOU)) / 2 * self._weights).sum())
 
     def _map_iou(self, config: AnchorConfig, k: int) -> np.ndarray:
         """Return `map_best_iou`; a map whose numbers have not changed is not computed again."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from mbv3dist.config import ModelConfig, TrainConfig, ViewConfig
 from mbv3dist.data.index import Split
@@ -202,7 +203,13 @@ def _joined(parts: list[SeenBoxes]) -> SeenBoxes:
 
 
 def _cover(anchors: AnchorConfig, seen: _Seen) -> dict[str, Coverage]:
-    return {view: cover(anchors, boxes) for view, boxes in seen.views.items()}
+    threads = torch.get_num_threads()
+    # Many small operations: on a busy machine threads would mostly wait for each other.
+    torch.set_num_threads(1)
+    try:
+        return {view: cover(anchors, boxes) for view, boxes in seen.views.items()}
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _numbers(anchors: AnchorConfig) -> dict[str, list[float]]:
