@@ -11,7 +11,7 @@ export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export TMPDIR := $(CURDIR)/.cache/tmp
 _ := $(shell mkdir -p .cache/tmp)
 
-.PHONY: setup quickstart test test-fast lint format gpu-bundle gpu bench-peers clean
+.PHONY: setup quickstart test test-fast lint format gpu-bundle gpu gpu-benchmarks bench-peers clean
 
 setup: $(STAMP)
 
@@ -55,6 +55,15 @@ gpu-bundle: $(STAMP)
 gpu:
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target .gpu/site .gpu/wheels/*.whl .gpu/llvmlite/*.whl
 	PYTHONPATH=.gpu/site:. $(PYTHON) -m pytest -m gpu
+
+# After `make gpu`, in this order of worth; each leaves NAME.json and NAME.md in RESULTS.
+RESULTS ?= .gpu/results
+GPU_PYTHON := PYTHONPATH=.gpu/site:. $(PYTHON)
+gpu-benchmarks:
+	mkdir -p $(RESULTS)
+	$(GPU_PYTHON) benchmarks/train_step.py --amp bf16 --cuda-graphs --json $(RESULTS)/train_step.json --markdown $(RESULTS)/train_step.md
+	$(GPU_PYTHON) benchmarks/nms.py --devices cuda --json $(RESULTS)/nms.json --markdown $(RESULTS)/nms.md
+	$(GPU_PYTHON) benchmarks/gpu_pixels.py --json $(RESULTS)/gpu_pixels.json --markdown $(RESULTS)/gpu_pixels.md
 
 # The systems that benchmarks/ measures beside ours, in an environment of their own (7 GB). Where
 # FFCV cannot be compiled the rest is there, and the benchmarks say so.
