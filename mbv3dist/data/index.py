@@ -286,6 +286,15 @@ def require_splits(data: str | Path) -> list[str]:
     return names
 
 
+def training_split(data: str | Path) -> str:
+    """Name a data set's train or trainval split, or its only one; ValueError if there are more."""
+    names = require_splits(data)
+    usual = [name for name in ("train", "trainval") if name in names] or names
+    if len(names) > 1 and usual is names:
+        raise ValueError(f"{shown(str(data))} has {', '.join(names)}: name one with --split")
+    return usual[0]
+
+
 def describes_split(path: Path) -> bool:
     """Return whether a JSON file is a split's description, or a damaged one, not another's file."""
     if not path.is_file():

@@ -7,6 +7,6 @@ FORMAT_BY_ENDING = {".onnx": "onnx", ".pt2": "torch-export"}
 ENDINGS = {
     "onnx": (".onnx",),
     "torch-export": (".pt2",),
-    "torchvision": (".pth", ".safetensors"),
-    "timm": (".pth", ".safetensors"),
+    "torchvision": (".pth", ".pt", ".safetensors"),
+    "timm": (".pth", ".pt", ".safetensors"),
 }

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from mbv3dist.config import ModelConfig, TrainConfig, ViewConfig
-from mbv3dist.data.index import Split
+from mbv3dist.data.index import Split, training_split
 from mbv3dist.data.joined import open_splits
 from mbv3dist.data.reader import Reader
 from mbv3dist.data.target import Target
@@ -27,7 +27,6 @@ from mbv3dist.models.anchor_fit import POSITIVE_IOU, Coverage, SeenBoxes, cover,
 from mbv3dist.models.anchors import AnchorConfig, cell_shapes, recipe_anchors
 from mbv3dist.models.ssdlite import feature_sizes
 from mbv3dist.recipe import load_config
-from mbv3dist.tools.doctor_setting import choose_split
 from mbv3dist.viz.plots import plot_anchor_shapes, plot_coverage
 
 MAX_PICTURES = 4000  # of a split, drawn by the seed: boxes of more say the same
@@ -67,7 +66,7 @@ def judge_anchors(
     if config is not None and config.task != "detection":
         raise ValueError(f"{recipe}: is a classifier's recipe; only detectors have anchors")
     if split is None:
-        split = choose_split(str(data)) if config is None else config.data.train_split
+        split = training_split(str(data)) if config is None else config.data.train_split
     cache_dir = config.data.cache_dir if config is not None else ""
     opened = open_splits([str(data)], split, cache_dir=cache_dir or None)
     if opened.task != "detection":

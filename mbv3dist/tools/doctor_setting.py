@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from mbv3dist.config import Architecture, DataConfig, ModelConfig, TrainConfig, ViewConfig
-from mbv3dist.data.index import Split, require_splits
+from mbv3dist.data.index import Split, training_split
 from mbv3dist.data.joined import open_splits
-from mbv3dist.messages import shown
 from mbv3dist.recipe import load_config
 from mbv3dist.tools.doctor_data import draw_data_set
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
 _CPU_BATCH = 8  # of a step on a small CPU, which takes many seconds for a GPU's batch
-_USUAL_SPLITS = ("train", "trainval")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,19 +83,8 @@ def opened(
             yield open_splits([str(draw_data_set(Path(folder)))], "train"), True
         return
     cache_dir = config.data.cache_dir or None if config is not None else None
-    name = config.data.train_split if config is not None else split or choose_split(paths[0])
+    name = config.data.train_split if config is not None else split or training_split(paths[0])
     yield open_splits(list(paths), name, cache_dir=cache_dir), False
-
-
-def choose_split(data: str) -> str:
-    """The usual training split of a data set, or its only one."""
-    names = require_splits(data)
-    for name in _USUAL_SPLITS:
-        if name in names:
-            return name
-    if len(names) == 1:
-        return names[0]
-    raise ValueError(f"{shown(data)} has the splits {', '.join(names)}: name one with --split")
 
 
 def settle(
