@@ -11,7 +11,7 @@ export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export TMPDIR := $(CURDIR)/.cache/tmp
 _ := $(shell mkdir -p .cache/tmp)
 
-.PHONY: setup quickstart test test-fast lint format gpu-bundle gpu gpu-benchmarks bench-peers clean
+.PHONY: setup quickstart test test-fast lint format report bench gpu-bundle gpu gpu-benchmarks bench-peers clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-logo
 	$(BIN)/mypy
+	$(BIN)/python benchmarks/report.py --check
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
@@ -56,14 +57,32 @@ gpu:
 	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target .gpu/site .gpu/wheels/*.whl .gpu/llvmlite/*.whl
 	PYTHONPATH=.gpu/site:. $(PYTHON) -m pytest -m gpu
 
-# After `make gpu`, in this order of worth; each leaves NAME.json and NAME.md in RESULTS.
+# After `make gpu`, most wanted first; each leaves NAME.json and NAME.md in RESULTS. Some 20 minutes,
+# no call more than 10. One report of train_step is filled part by part, and saved after each section,
+# so that what is cut off is only the rest; a call that fails does not take the next with it.
 RESULTS ?= .gpu/results
 GPU_PYTHON := PYTHONPATH=.gpu/site:. $(PYTHON)
+TRAIN_STEP := timeout 560 $(GPU_PYTHON) benchmarks/train_step.py --add --json $(RESULTS)/train_step.json \
+  --markdown $(RESULTS)/train_step.md --trace $(RESULTS)/trace.json.gz --rounds 7 --build-limit 90
+
 gpu-benchmarks:
 	mkdir -p $(RESULTS)
-	$(GPU_PYTHON) benchmarks/train_step.py --amp bf16 --cuda-graphs --json $(RESULTS)/train_step.json --markdown $(RESULTS)/train_step.md
-	$(GPU_PYTHON) benchmarks/nms.py --devices cuda --json $(RESULTS)/nms.json --markdown $(RESULTS)/nms.md
-	$(GPU_PYTHON) benchmarks/gpu_pixels.py --json $(RESULTS)/gpu_pixels.json --markdown $(RESULTS)/gpu_pixels.md
+	-$(TRAIN_STEP) --parts classifiers --variants large --classifier-batch 512 --budget 240
+	-$(TRAIN_STEP) --parts layers --classifier-batch 512
+	-$(TRAIN_STEP) --parts classifiers --variants small --classifier-batch 512 --budget 120 --amp bf16,fp16 --compile default,reduce-overhead
+	-$(TRAIN_STEP) --parts detectors,counts --budget 150 --compile default,reduce-overhead
+	-timeout 300 $(GPU_PYTHON) benchmarks/nms.py --devices cuda --trace $(RESULTS)/trace-nms.json.gz --json $(RESULTS)/nms.json --markdown $(RESULTS)/nms.md
+	-timeout 400 $(GPU_PYTHON) benchmarks/end_to_end.py --amp bf16 --rounds 3 --json $(RESULTS)/end_to_end.json --markdown $(RESULTS)/end_to_end.md
+	-$(TRAIN_STEP) --parts inference --classifier-batch 512 --budget 90 --compile default,max-autotune-no-cudagraphs
+	-timeout 300 $(GPU_PYTHON) benchmarks/gpu_pixels.py --json $(RESULTS)/gpu_pixels.json --markdown $(RESULTS)/gpu_pixels.md
+
+# Every benchmark that this machine can run, shortened to less than 20 minutes on two cores.
+bench: $(STAMP)
+	$(BIN)/python benchmarks/bench.py
+
+# benchmarks/RESULTS.md, benchmarks/plots and the README's tables, from benchmarks/results.
+report: $(STAMP)
+	$(BIN)/python benchmarks/report.py
 
 # The systems that benchmarks/ measures beside ours, in an environment of their own (7 GB). Where
 # FFCV cannot be compiled the rest is there, and the benchmarks say so.

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+from child import Child, missing_modules
 from convert_stored import (
     BATCH,
     measure_quality,
@@ -36,7 +37,6 @@ from convert_stored import (
     repeated,
 )
 from convert_systems import QUALITY, SIDE, SYSTEMS
-from harness import Child
 from pixel_peers import pictures
 
 PARTS = ("copy", "resize", "quality", "raw")
@@ -99,9 +99,9 @@ def filesystem(folder: Path) -> str:
 def open_system(stack: ExitStack, name: str, work: Path, args: argparse.Namespace) -> Child:
     """Start a system: ours in this interpreter, a peer in the peers' if that has it."""
     python = Path(sys.executable)
-    if name != "ours" and not harness.missing_modules(args.peers_python, SYSTEMS[name][1]):
+    if name != "ours" and not missing_modules(args.peers_python, SYSTEMS[name][1]):
         python = args.peers_python
-    missing = harness.missing_modules(python, SYSTEMS[name][1])
+    missing = missing_modules(python, SYSTEMS[name][1])
     if missing:
         raise ValueError(f"no {', '.join(sorted(missing))} here; run `make bench-peers`")
     return stack.enter_context(Child(python, "convert_systems", name, work=work / "logs"))

@@ -29,7 +29,7 @@ from typing import Any
 import harness
 import loader
 import numpy as np
-from harness import Child
+from child import Child, missing_modules
 from PIL import Image
 
 from mbv3dist.data.draws import Draws
@@ -134,7 +134,7 @@ def choose_python(needs: tuple[str, ...], args: argparse.Namespace) -> tuple[Pat
         return own, ""
     lacking = ""
     for python in (args.peers_python, own):
-        missing = harness.missing_modules(python, needs)
+        missing = missing_modules(python, needs)
         if not missing:
             return python, ""
         lacking = ", ".join(sorted(missing))

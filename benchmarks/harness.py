@@ -8,16 +8,12 @@ of the same run, with a bootstrap interval over its rounds.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
-import select
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -29,8 +25,6 @@ from machine import ROOT, commit, machine  # noqa: E402
 
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 RESAMPLES = 4000
-ANSWER_LIMIT_S = 300.0
-END_LIMIT_S = 10.0
 TRIES = 5  # of a run that others disturb
 
 
@@ -157,117 +151,6 @@ def disturbance(shares: Sequence[Sequence[float]]) -> str:
     )
 
 
-class Child:
-    """A process of a system measured: one JSON object a line goes in, one comes out.
-
-    Each has its own interpreter, lives as long as the benchmark, and waits while others run.
-    """
-
-    def __init__(self, python: Path, module: str, *words: str, work: Path):
-        """Start `python -m module words`; its messages go to a file in `work`."""
-        work.mkdir(parents=True, exist_ok=True)
-        self.log = work / f"{'-'.join((module.rpartition('.')[2], *words))}.log"
-        paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        environment |= {
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "TMPDIR": str(work),
-            # Nothing of this needs a network; these two would ask.
-            "LITDATA_DISABLE_VERSION_CHECK": "1",
-            "HF_HUB_OFFLINE": "1",
-        }
-        # A pipe of their own: anything may be printed to standard output.
-        answers, writing_end = os.pipe()
-        self._answers = os.fdopen(answers, "rb")
-        with open(self.log, "w") as log:
-            self._process = subprocess.Popen(
-                [str(python), "-m", module, *words],
-                cwd=HERE,
-                env={**environment, "ANSWERS_FD": str(writing_end)},
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=log,
-                pass_fds=(writing_end,),
-            )
-        os.close(writing_end)
-
-    def ask(self, job: Mapping[str, Any], *, limit_s: float = ANSWER_LIMIT_S) -> dict[str, Any]:
-        """Send a job and return its answer.
-
-        Raises:
-            RuntimeError: When the process died, said that it failed, or did not answer in time.
-        """
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(job).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            raise RuntimeError(f"it ended: {self._last_words()}") from None
-        line = self._line(limit_s)
-        if not line:
-            raise RuntimeError(f"it ended: {self._last_words()}")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise RuntimeError(answer["error"])
-        return answer
-
-    def _line(self, limit_s: float) -> bytes:
-        """Return one line of its output: it is written at once, so its start is waited for."""
-        ready, _, _ = select.select([self._answers], [], [], limit_s)
-        if not ready:
-            self.close()
-            raise RuntimeError(f"no answer within {limit_s:g} s")
-        return self._answers.readline()
-
-    def _last_words(self) -> str:
-        lines = self.log.read_text(errors="replace").strip().splitlines()
-        return lines[-1][:300] if lines else "without a message"
-
-    def close(self) -> None:
-        """End the process: it ends by itself when its input ends, else it is ended."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(OSError):  # it may have ended before it took everything
-            self._process.stdin.close()
-        try:
-            self._process.wait(END_LIMIT_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._answers.close()
-
-    def __enter__(self) -> Child:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-
-def missing_modules(python: Path, modules: Iterable[str]) -> set[str]:
-    """Return which modules an interpreter does not have, without importing them."""
-    names = sorted(set(modules))
-    if python != Path(sys.executable) and not python.is_file():
-        return set(names)
-    code = """
-import importlib.util, json, sys
-
-def is_missing(name):
-    try:
-        return importlib.util.find_spec(name) is None
-    except ModuleNotFoundError:  # of the package that it is in
-        return True
-
-print(json.dumps([name for name in sys.argv[1:] if is_missing(name)]))
-"""
-    output = subprocess.check_output([str(python), "-c", code, *names], text=True)
-    return set(json.loads(output))
-
-
 def parser(description: str, *, rounds: int) -> argparse.ArgumentParser:
     """Return a command line with what every benchmark takes."""
     result = argparse.ArgumentParser(description=description)
@@ -281,6 +164,9 @@ def parser(description: str, *, rounds: int) -> argparse.ArgumentParser:
         default=1.0,
         metavar="SHARE",
         help="measure again what others took more than this share of the cores from; default 1",
+    )
+    result.add_argument(
+        "--wandb", metavar="PROJECT", help="log the figures to this project of Weights & Biases"
     )
     result.add_argument(
         "--work", type=Path, metavar="DIR", help="keep prepared data here (default: thrown away)"
@@ -327,13 +213,52 @@ def merged(report: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def finish(report: dict[str, Any], text: str, args: argparse.Namespace) -> None:
-    """Save what was asked for, print the tables to standard error and the report as one line."""
+    """Save what was asked for, print the tables to standard error and the report as one line.
+
+    Raises:
+        RuntimeError: W&B was asked for and cannot start; the report has been saved before.
+    """
     if args.markdown is not None:
         args.markdown.write_text(text, encoding="utf-8")
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(text, file=sys.stderr)
     print(json.dumps(report))
+    if getattr(args, "wandb", None):
+        log_to_wandb(report, text, project=args.wandb)
+
+
+def log_to_wandb(report: Mapping[str, Any], text: str, *, project: str) -> None:
+    """Log a report as a run: its figures as the summary, the rest as the configuration.
+
+    `WANDB_MODE=offline` needs no account.
+
+    Raises:
+        RuntimeError: It is not installed, or refuses.
+    """
+    try:
+        import wandb
+    except ImportError:
+        raise RuntimeError("--wandb needs the package wandb: pip install wandb") from None
+    figures = dict(flat_figures(report))
+    about = {key: report[key] for key in ("command", "machine", "commit") if key in report}
+    try:
+        with wandb.init(
+            project=project, name=report["benchmark"], job_type="benchmark", config=about
+        ) as run:
+            run.summary.update({**figures, "report": text})
+    except wandb.Error as error:
+        raise RuntimeError(f"--wandb: {str(error).splitlines()[0]}") from None
+
+
+def flat_figures(tree: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Return the numbers of a report, but not those of single rounds, by their place in it."""
+    if isinstance(tree, Mapping):
+        for key, value in tree.items():
+            if key not in ("machine", "rounds"):
+                yield from flat_figures(value, f"{path}/{key}" if path else str(key))
+    elif isinstance(tree, (int, float)) and not isinstance(tree, bool):
+        yield path, tree
 
 
 def run(

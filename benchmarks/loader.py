@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
-from harness import Child
+from child import Child, missing_modules
 from pixel_peers import pictures
 from pixel_peers.systems import (
     CHECKED,
@@ -138,7 +138,7 @@ def find_python(
     """
     own = Path(sys.executable)
     modules = {module for system in systems.values() for module in system.needs}
-    missing = {python: harness.missing_modules(python, modules) for python in (peers, own)}
+    missing = {python: missing_modules(python, modules) for python in (peers, own)}
     pythons, reasons = {}, {}
     for name, system in systems.items():
         found = [python for python in (peers, own) if not missing[python] & set(system.needs)]

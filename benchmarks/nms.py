@@ -2,6 +2,7 @@
 
     python benchmarks/nms.py            # 16 pictures on a CPU, 64 on a GPU when there is one
     python benchmarks/nms.py --quick
+    python benchmarks/nms.py --trace trace.json.gz   # and where the time of ours goes
 
 Raw outputs of SSDLite at 320 px (3234 anchors), 21 and 91 columns (background included), options of
 torchvision's `ssdlite320_mobilenet_v3_large`. Systems, all measured in turn in the same run:
@@ -31,10 +32,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import harness
 import torch
+import tracing
 from machine import versions
 from nms_outputs import OPTIONS, SIZE, Outputs, make_outputs, one_call
 from torch import Tensor
@@ -228,13 +231,28 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
                 print(f"nms: {kind}, {columns} columns, {device.type}", file=sys.stderr)
                 cases.append(measure_case(kind, columns, device, args))
     is_gpu = torch.cuda.is_available()
+    traced = {} if args.trace is None else {"trace": trace(args.trace, devices[-1], args)}
     return {
         **harness.header("nms", args.words),
         "gpu": torch.cuda.get_device_name() if is_gpu else "none",
         "threads": torch.get_num_threads(),
         "versions": versions("torch", "torchvision", "numba", *(["triton"] if is_gpu else [])),
         "cases": cases,
+        **traced,
     }
+
+
+def trace(path: Path, device: torch.device, args: argparse.Namespace) -> dict[str, Any]:
+    """Trace ours on the outputs of the last case: most columns, a trained model's."""
+    kind, columns = KINDS[-1], COLUMNS[-1]
+    batch = args.batch or (64 if device.type == "cuda" else 16)
+    outputs = make_outputs(kind, batch, columns, device)
+    inputs = (outputs.logits, outputs.deltas, outputs.anchors)
+    run = partial(postprocess, *inputs, size=SIZE, **OPTIONS)  # type: ignore[arg-type]
+    run()  # compiles
+    rows = tracing.traced(run, path, device=device)
+    what = f"ours, {device.type}, {batch} pictures, {columns} columns, {kind}"
+    return {"file": path.name, "system": what, "kernels": tracing.as_dicts(rows)}
 
 
 def report_text(report: dict[str, Any]) -> str:
@@ -269,6 +287,10 @@ def report_text(report: dict[str, Any]) -> str:
         "",
         harness.disturbance([x for c in report["cases"] for x in c["others_took"].values()]),
     ]
+    if "trace" in report:
+        found = report["trace"]
+        lines += ["", f"One call of {found['system']} ({found['file']}):", ""]
+        lines += tracing.kernel_table(tracing.from_dicts(found["kernels"]))
     return "\n".join(lines) + "\n"
 
 
@@ -306,6 +328,7 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--devices", default=default, help=f"of cpu, cuda; default {default}")
     parser.add_argument("--batch", type=int, default=0, help="default: 16 on a CPU, 64 on a GPU")
     parser.add_argument("--threads", type=int, default=0, help="of torch on the CPU")
+    tracing.add_option(parser)
     args = parser.parse_args(words)
     args.words = list(words)
     if args.quick:

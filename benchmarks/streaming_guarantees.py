@@ -12,22 +12,22 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import harness
 from peers.damage import CASES, digest
 from peers.data import make_data
 from peers.samples import read_pictures
-from peers.table import markdown, replace_block, summarise, traffic_table
+from peers.table import markdown, summarise, traffic_table
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent
 SYSTEMS = {
     "ours": ("peers.ours_peer", "mbv3dist"),
     "webdataset": ("peers.webdataset_peer", "webdataset"),
@@ -64,20 +64,21 @@ def settings(*, quick: bool) -> dict[str, Any]:
     }
 
 
-def measure(names: list[str], *, quick: bool, peers_python: Path) -> dict[str, Any]:
-    """Measure the systems of these names, one after the other.
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    """Measure the systems that were asked for, one after the other.
 
     Raises:
         ValueError: if the peers' environment is missing.
         RuntimeError: if a system's process fails.
     """
+    names, peers_python = args.names, args.peers_python
     if any(name != "ours" for name in names) and not peers_python.is_file():
         raise ValueError(
             f"no interpreter {peers_python} for the peers; run `make bench-peers`, or name one "
             "with --peers-python, or measure --only ours"
         )
     started = time.perf_counter()
-    job = settings(quick=quick)
+    job = settings(quick=args.quick)
     results = {}
     with tempfile.TemporaryDirectory(prefix="sg-") as folder:
         root = Path(folder)
@@ -92,9 +93,7 @@ def measure(names: list[str], *, quick: bool, peers_python: Path) -> dict[str, A
             results[name] = summarise(raw, truth=truth, epochs=job["epochs"], mean_bytes=mean_bytes)
         num_shards = len(list(source.glob("*.tar")))
     return {
-        "benchmark": "streaming_guarantees",
-        "machine": machine(),
-        "commit": commit(),
+        **harness.header("streaming_guarantees", args.words),
         "settings": {**job, "num_shards": num_shards},
         "names": {name: _title(name, results[name]["versions"]) for name in results},
         "seconds": round(time.perf_counter() - started, 1),
@@ -148,32 +147,6 @@ def run_system(name: str, python: Path, job: dict[str, Any], root: Path) -> dict
     return result
 
 
-def machine() -> dict[str, Any]:
-    """Return what this ran on."""
-    cpu = platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].partition(":")[2].strip() if names else cpu
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "load_1min": round(os.getloadavg()[0], 1),
-    }
-
-
-def commit() -> str:
-    """Return the commit of the working tree, with a plus if files differ from it."""
-    try:
-        head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
-        changes = subprocess.check_output(["git", "status", "--porcelain"], cwd=ROOT, text=True)
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    return head + ("+" if changes.strip() else "")
-
-
 def report_text(report: dict[str, Any]) -> str:
     """Return the report as a document: machine, command, settings, tables, messages."""
     host = report["machine"]
@@ -181,8 +154,7 @@ def report_text(report: dict[str, Any]) -> str:
     lines = [
         "# Streaming guarantees",
         "",
-        f"`python benchmarks/streaming_guarantees.py{' --quick' if job['quick'] else ''}`, "
-        f"{report['seconds']:.0f} s, commit {report['commit']}.",
+        f"`{report['command']}`, {report['seconds']:.0f} s, commit {report['commit']}.",
         f"Machine: {host['cpu']}, {host['cores']} cores, load {host['load_1min']} at the end, "
         f"{host['system']}, Python {host['python']}.",
         f"Data: {job['num_samples']} drawn pictures in {job['num_shards']} tars (about as many "
@@ -217,83 +189,41 @@ def report_text(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def update_readme(path: Path, results: Path) -> bool:
-    """Write the tables of saved results between a document's markers; say if it changed.
+def parse(words: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line.
 
     Raises:
-        ValueError: if the document has no markers.
-        OSError: if a file cannot be read or written.
+        ValueError: For a system that there is not.
     """
-    before = path.read_text(encoding="utf-8")
-    report = json.loads(results.read_text(encoding="utf-8"))
-    after = replace_block(before, markdown(report), file=str(path))
-    if after != before:
-        path.write_text(after, encoding="utf-8")
-    return after != before
-
-
-def latest_results() -> Path:
-    """Return the newest committed results.
-
-    Raises:
-        ValueError: if there are none.
-    """
-    found = sorted((HERE / "results").glob("*-streaming-guarantees.json"))
-    if not found:
-        raise ValueError("no benchmarks/results/*-streaming-guarantees.json; measure with --json")
-    return found[-1]
-
-
-def parse(words: list[str] | None) -> argparse.Namespace:
-    """Parse the command line."""
     parser = argparse.ArgumentParser(description="Streaming guarantees, ours beside the peers'.")
     parser.add_argument("--quick", action="store_true", help="a few seconds, only ours")
     parser.add_argument("--only", metavar="NAMES", help=f"of {','.join(SYSTEMS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="save the results")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="save the report")
     parser.add_argument(
+        "--wandb", metavar="PROJECT", help="log the figures to this project of Weights & Biases"
+    )
+    parser.add_argument(
         "--peers-python",
         type=Path,
-        default=ROOT / ".venv-peers" / "bin" / "python",
+        default=harness.PEERS_PYTHON,
         metavar="PATH",
         help="interpreter that has the peers (default: .venv-peers, made by `make bench-peers`)",
     )
-    parser.add_argument(
-        "--update-readme",
-        type=Path,
-        metavar="FILE",
-        help="measure nothing: write the tables of saved results between the markers of FILE",
-    )
-    parser.add_argument(
-        "--results", type=Path, metavar="FILE", help="saved results (default: the newest committed)"
-    )
-    return parser.parse_args(words)
+    args = parser.parse_args(words)
+    args.words = list(words)
+    args.names = (args.only or ("ours" if args.quick else ",".join(SYSTEMS))).split(",")
+    for name in args.names:
+        if name not in SYSTEMS:
+            raise ValueError(f"no system {name!r}; --only takes {', '.join(SYSTEMS)}")
+    return args
 
 
-def main(words: list[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """Measure and report; return the exit code."""
-    args = parse(words)
-    try:
-        if args.update_readme is not None:
-            changed = update_readme(args.update_readme, args.results or latest_results())
-            print(json.dumps({"updated": str(args.update_readme), "changed": changed}))
-            return 0
-        only = args.only or ("ours" if args.quick else ",".join(SYSTEMS))
-        names = only.split(",")
-        for name in names:
-            if name not in SYSTEMS:
-                raise ValueError(f"no system {name!r}; --only takes {', '.join(SYSTEMS)}")
-        report = measure(names, quick=args.quick, peers_python=args.peers_python)
-        if args.markdown is not None:
-            args.markdown.write_text(report_text(report), encoding="utf-8")
-        if args.json is not None:
-            args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    except (ValueError, OSError) as error:
-        print(f"streaming_guarantees: {error}", file=sys.stderr)
-        return 2
-    print(report_text(report), file=sys.stderr)
-    print(json.dumps(report))
-    return 0
+    return harness.run(
+        "streaming_guarantees", words, parse=parse, measure=measure, report_text=report_text
+    )
 
 
 if __name__ == "__main__":

@@ -1,21 +1,33 @@
 """What does a training step cost, ours beside torchvision's and timm's?
 
-    python benchmarks/train_step.py                  # CPU: B=8 at 320 px; GPU: B=64
-    python benchmarks/train_step.py --amp bf16 --compile --cuda-graphs      # GPU
+    python benchmarks/train_step.py             # all that this device can
     python benchmarks/train_step.py --quick
+    python benchmarks/train_step.py --parts classifiers --variants large --json FILE --add
 
-- detectors: SSDLite-Large at 320 px, forward + loss + backward, of ours and of torchvision's
-  `ssdlite320_mobilenet_v3_large`, with the same weights, pictures and boxes; stages apart.
-- counts: dispatched operations and host synchronisations, of the loss alone and of the step.
-- classifiers: Small and Large at 224 px beside timm's and torchvision's.
+- classifiers: Small and Large at 224 px beside timm's and torchvision's: zero_grad, forward, loss,
+  backward and optimiser, stages apart.
+- detectors: SSDLite-Large at 320 px, of ours and of torchvision's `ssdlite320_mobilenet_v3_large`,
+  with the same weights, pictures and boxes.
+- inference: the classifiers' forward pass, ours with folded batch norms.
+- layers: each layer of ours alone beside the time that its bytes take; where kernels could pay. By
+  default on a GPU only.
+- counts: dispatched operations and host synchronisations, of the detectors' loss and step.
+- roofline: bandwidth of this device's memory and the bytes that must move, in every run that
+  measures; each system's share of its floor.
 
-Systems take turns (A B C, A B C, ...), ratios are of medians of the same rounds. Each system is
-measured in both memory formats; ours trains in channels_last, torchvision's references do not.
+On a CPU systems are eager in float32, in both memory formats. On a GPU they are measured in bf16
+and fp16 (with a gradient scaler), contiguous, in channels_last, compiled in three modes, and as
+CUDA graphs; `--amp`, `--compile`, `--no-cuda-graphs`, `--channels-last` choose. A configuration
+that fails stands in the report with the reason. The report is saved after each part.
+
+Systems take turns (A B C, A B C, ...), ratios are of medians of the same rounds.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,160 +36,154 @@ from functools import partial
 from typing import Any
 
 import harness
+import roofline
 import torch
+import tracing
 from machine import versions
-from train_step_systems import (
-    Clock,
+from steps.counts import count_ops, count_syncs
+from steps.inference import inference_system
+from steps.layers import REPEATS, measure_layers
+from steps.matrix import build_all, no_mark, reason, settings_of
+from steps.measure import measured
+from steps.report import report_text
+from steps.systems import (
+    COMPILE_MODES,
     Setting,
     System,
-    captured,
     classifier,
-    count_ops,
-    count_syncs,
+    make_classifier,
     our_detector,
     their_detector,
 )
 
-STAGES = ("input", "forward", "loss", "backward", "graph", "optimizer")
-COUNTED = ("forward", "loss", "backward", "graph")  # what a ratio is of
-PARTS = ("detectors", "counts", "classifiers")
+from mbv3dist.models.ssdlite import SSDLite
+
+PARTS = ("detectors", "counts", "classifiers", "inference", "layers")
+CPU_PARTS = PARTS[:-1]
+GPU_PARTS = ("classifiers", "detectors", "inference", "layers", "counts")  # most wanted first
+VARIANTS = ("small", "large")
+AMPS = ("no", "bf16", "fp16")
 NUM_CLASSES = 20
-AGREEMENT = 1e-4  # of the two detectors' losses, relative, in full precision
+Measure = Callable[[argparse.Namespace], dict[str, Any]]
+AGREEMENT = {"no": 1e-4, "bf16": 0.05, "fp16": 0.05}  # of the two detectors' losses, relative
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure the parts that were asked for."""
-    sections = {}
-    for part in args.parts.split(","):
-        print(f"train_step: {part}", file=sys.stderr)
+    """Measure the parts that were asked for; save what there is after each section.
+
+    Raises:
+        RuntimeError: Of sections that failed, after the others are measured and saved.
+    """
+    args.points, args.floors = [], {}
+    failed: list[str] = []
+    report: dict[str, Any] = {**harness.header("train_step", args.words), "sections": {}}
+    if set(args.parts) - {"counts"}:
+        amps = tuple(args.amp)
+        args.rates = roofline.measure_device(args.device, amps=amps, quick=args.quick)
+    for name, run in sections_of(args).items():
+        print(f"train_step: {name}", file=sys.stderr)
         started = time.time()
-        for name, result in MEASURES[part](args).items():
-            sections[name] = {
+        try:
+            found = {name: run(args)}
+        except RuntimeError as error:
+            failed.append(f"{name}: {reason(error)}")
+            continue
+        if args.points:
+            found["roofline"] = {
+                "device": device_name(args.device),
+                **args.rates,
+                "floors": dict(args.floors),
+                "points": list(args.points),
+            }
+        for key, result in found.items():
+            report["sections"].pop(key, None)  # the roofline goes last
+            report["sections"][key] = {
                 **result,
                 **harness.header("train_step", args.words),
                 "versions": versions("torch", "torchvision", "timm"),
                 "device": device_name(args.device),
                 "threads": torch.get_num_threads(),
-                "amp": args.amp,
+                "amp": ",".join(args.amp),
                 "seconds": round(time.time() - started, 1),
             }
-    return {**harness.header("train_step", args.words), "sections": sections}
+        save(report, args)
+    if failed:  # what was measured is saved
+        raise RuntimeError("; ".join(failed))
+    return report
+
+
+def save(report: dict[str, Any], args: argparse.Namespace) -> None:
+    """Keep what there is so far, for a run that is cut off."""
+    if args.json is None:
+        return
+    merged = add_points(report, args) if args.add else report
+    args.json.write_text(json.dumps(merged, indent=1) + "\n", encoding="utf-8")
+
+
+def add_points(report: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """A saved report with this one's sections; the roofline keeps the points of both.
+
+    The rates are this run's; each point has the limit that its own run's rates gave.
+    """
+    before = args.before.get("roofline")
+    ours = report["sections"].get("roofline")
+    if before and ours:
+        mine = {(point["model"], point["what"]) for point in args.points}
+        kept = [p for p in before["points"] if (p["model"], p["what"]) not in mine]
+        ours["points"] = [*kept, *args.points]
+        ours["floors"] = {**before["floors"], **args.floors}
+    return harness.merged(report, args.json)
+
+
+def sections_of(args: argparse.Namespace) -> dict[str, Measure]:
+    """What is measured: section -> how, in its order."""
+    found: dict[str, Measure] = {}
+    for part in args.parts:
+        if part in ("detectors", "counts"):
+            found[part] = measure_detectors if part == "detectors" else measure_counts
+            continue
+        measure_one = {
+            "classifiers": measure_classifiers,
+            "inference": measure_inference,
+            "layers": measure_kinds,
+        }[part]
+        for variant in args.variants:
+            found[f"{part} {variant}"] = partial(measure_one, variant=variant)
+    return found
 
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def settings_of(args: argparse.Namespace) -> list[Setting]:
-    """The ways in which each system is measured."""
-    plain = Setting(args.device, amp=args.amp)
-    formats = [replace(plain, channels_last=True)]
-    if not args.channels_last:
-        formats.append(plain)
-    if args.compile:
-        formats.append(replace(formats[0], compile=True))
-    return formats
-
-
-def build(make: Callable[[Setting], System], setting: Setting) -> System:
-    """A system, captured as a graph if its setting says so."""
-    system = make(setting)
-    return captured(system) if setting.graph else system
-
-
-def one_pass(
-    system: System, device: torch.device, *, steps: int, batch: int, found: list[dict[str, float]]
-) -> float:
-    """Do some steps; add their mean stages to `found`; return pictures/s of what is compared."""
-    clocks = []
-    for _ in range(steps):
-        system.optimizer.zero_grad(set_to_none="CUDA graph" not in system.title)
-        clock = Clock(device)
-        system.step(clock)
-        system.optimizer.step()
-        clock("optimizer")
-        clocks.append(clock)  # read at the end: on a GPU reading waits, and the host may run ahead
-    totals: dict[str, float] = {}
-    for clock in clocks:
-        for name, took in clock.stages().items():
-            totals[name] = totals.get(name, 0.0) + took / steps
-    found.append(totals)
-    return 1000 * batch / sum(totals.get(name, 0.0) for name in COUNTED)
-
-
-def measure_systems(
-    systems: dict[str, System], args: argparse.Namespace, *, batch: int, base: str
-) -> dict[str, Any]:
-    """Measure systems in turns; ratios against the system named `base`."""
-    stages: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
-    runs = {
-        name: partial(
-            one_pass, system, args.device, steps=args.steps, batch=batch, found=stages[name]
-        )
-        for name, system in systems.items()
-    }
-    for run in runs.values():
-        run()  # warms up
-    others: dict[str, list[float]] = {}
-    figures = harness.interleave(runs, rounds=args.rounds, quiet=args.quiet, others=others)
-    rows = {}
-    for name, system in systems.items():
-        every = stages[name][-args.rounds :]
-        rows[name] = {
-            "title": system.title,
-            "images_per_s": harness.spread(figures[name]),
-            "ms": {
-                stage: harness.spread([one[stage] for one in every], digits=3)
-                for stage in STAGES
-                if stage in every[0]
-            },
-            "times_base": harness.ratio(figures[name], figures[base]),
-            "times_same": harness.ratio(figures[name], figures[same_as(name, systems)]),
-        }
-    return {"batch": batch, "base": base, "systems": rows, "others_took": others}
-
-
-def same_as(name: str, systems: dict[str, System]) -> str:
-    """The name of torchvision's system in the same memory format, compiled if this one is."""
-    kind = name.partition(" ")[2].replace("graph", "channels_last")
-    return f"torchvision {kind}" if f"torchvision {kind}" in systems else name
-
-
 def measure_detectors(args: argparse.Namespace) -> dict[str, Any]:
     """SSDLite-Large of ours and torchvision's."""
-    systems, failed = {}, {}
     options = {"batch": args.batch, "num_classes": NUM_CLASSES}
-    for setting in settings_of(args):
-        kind = "channels_last" if setting.channels_last else "contiguous"
-        kind += " compiled" if setting.compile else ""
-        systems[f"ours {kind}"] = our_detector(setting, **options)
-        systems[f"torchvision {kind}"] = their_detector(setting, **options)
-    if args.cuda_graphs:
-        graphed = replace(settings_of(args)[-1], channels_last=True, graph=True)
-        try:
-            systems["ours graph"] = build(partial(our_detector, **options), graphed)
-        except RuntimeError as error:
-            failed["ours graph"] = str(error).splitlines()[0]
-    losses = first_losses(systems, tolerance=AGREEMENT if args.amp == "no" else 0.05)
-    base = "torchvision channels_last" if args.channels_last else "torchvision contiguous"
-    result = measure_systems(systems, args, batch=args.batch, base=base)
-    return {"detectors": {**result, "first_losses": losses, "failed": failed}}
+    makes = {
+        "ours": partial(our_detector, **options),
+        "torchvision": partial(their_detector, **options),
+    }
+    built = build_all(makes, args.settings, limit_s=args.build_limit, budget_s=args.budget)
+    losses = dict(built.first_losses)
+    check_losses(losses, built.systems)
+    traffic = roofline.count_traffic(SSDLite("large", num_classes=NUM_CLASSES), size=320)
+    words = {"section": "detectors", "model": "detector large"}
+    result = measured(built, args, batch=args.batch, traffic=traffic, **words)
+    return {**result, "first_losses": losses}
 
 
-def first_losses(systems: dict[str, System], *, tolerance: float) -> dict[str, float]:
-    """The loss of each system before any optimiser step; all must be the same.
+def check_losses(losses: dict[str, float], systems: dict[str, System]) -> None:
+    """Compare the losses of systems before any optimiser step: all do the same work.
 
     Raises:
-        RuntimeError: They differ, so the systems do not do the same work.
+        RuntimeError: They differ, so some system does something else.
     """
-    losses = {}
-    for name, system in systems.items():
-        if "graph" not in name:
-            losses[name] = float(system.step(lambda stage: None).detach())
-    lowest, highest = min(losses.values()), max(losses.values())
-    if highest - lowest > tolerance * highest:
+    tolerance = max((AGREEMENT[systems[name].setting.amp] for name in losses), default=0.0)
+    values = list(losses.values())
+    if not all(map(math.isfinite, values)) or (
+        values and max(values) - min(values) > tolerance * max(values)
+    ):
         raise RuntimeError(f"the systems' losses differ: {losses}")
-    return losses
 
 
 def measure_counts(args: argparse.Namespace) -> dict[str, Any]:
@@ -188,120 +194,53 @@ def measure_counts(args: argparse.Namespace) -> dict[str, Any]:
         assert on_cpu.loss_only is not None
         rows[name] = {
             "loss": count_ops(on_cpu.loss_only),
-            "step": count_ops(lambda system=on_cpu: system.step(lambda stage: None)),
+            "step": count_ops(partial(on_cpu.step, no_mark)),
         }
         if args.device.type == "cuda":
-            on_gpu = make(Setting(args.device, amp=args.amp), batch=args.batch, num_classes=20)
+            setting = Setting(args.device, amp=args.amp[0])
+            on_gpu = make(setting, batch=args.batch, num_classes=NUM_CLASSES)
             assert on_gpu.loss_only is not None
-            on_gpu.step(lambda stage: None)
+            on_gpu.step(no_mark)
             rows[name]["loss"]["syncs_seen"] = count_syncs(on_gpu.loss_only)
-            rows[name]["step"]["syncs_seen"] = count_syncs(
-                lambda system=on_gpu: system.step(lambda stage: None)
-            )
-    return {"counts": {"batch": args.batch, "systems": rows}}
+            rows[name]["step"]["syncs_seen"] = count_syncs(partial(on_gpu.step, no_mark))
+    return {"batch": args.batch, "systems": rows}
 
 
-def measure_classifiers(args: argparse.Namespace) -> dict[str, Any]:
-    """Classifiers at 224 px."""
-    result = {}
-    for variant in ("small", "large"):
-        systems = {}
-        for setting in settings_of(args):
-            kind = "channels_last" if setting.channels_last else "contiguous"
-            kind += " compiled" if setting.compile else ""
-            for name in ("ours", "timm", "torchvision"):
-                make = partial(classifier, name, variant, batch=args.classifier_batch)
-                systems[f"{name} {kind}"] = make(setting)
-        if args.cuda_graphs:
-            graphed = replace(settings_of(args)[-1], channels_last=True, graph=True)
-            for name in ("ours", "timm"):
-                make = partial(classifier, name, variant, batch=args.classifier_batch)
-                systems[f"{name} graph"] = build(make, graphed)
-        base = "torchvision channels_last" if args.channels_last else "torchvision contiguous"
-        result[f"classifiers {variant}"] = measure_systems(
-            systems, args, batch=args.classifier_batch, base=base
-        )
-    return result
+def measure_classifiers(args: argparse.Namespace, *, variant: str) -> dict[str, Any]:
+    """A classifier's training at 224 px."""
+    batch = args.classifier_batch
+    makes = {
+        library: partial(classifier, library, variant, batch=batch)
+        for library in ("ours", "timm", "torchvision")
+    }
+    built = build_all(makes, args.settings, limit_s=args.build_limit, budget_s=args.budget)
+    traffic = roofline.count_traffic(make_classifier("ours", variant), size=224)
+    words = {"section": f"classifiers {variant}", "model": f"classifier {variant}"}
+    return measured(built, args, batch=batch, traffic=traffic, **words)
 
 
-MEASURES = {
-    "detectors": measure_detectors,
-    "counts": measure_counts,
-    "classifiers": measure_classifiers,
-}
+def measure_inference(args: argparse.Namespace, *, variant: str) -> dict[str, Any]:
+    """A classifier's forward pass at 224 px."""
+    batch = args.classifier_batch
+    makes = {
+        library: partial(inference_system, library, variant, batch=batch)
+        for library in ("ours", "timm", "torchvision")
+    }
+    built = build_all(makes, args.settings, limit_s=args.build_limit, budget_s=args.budget)
+    traffic = roofline.count_traffic(make_classifier("ours", variant), size=224)
+    words = {"section": f"inference {variant}", "model": f"classifier {variant}"}
+    return measured(built, args, batch=batch, traffic=traffic, **words)
 
 
-def report_text(report: dict[str, Any]) -> str:
-    """Return the report as a document."""
-    lines = ["# Training steps", ""]
-    for name, part in report["sections"].items():
-        host = part["machine"]
-        found = ", ".join(f"{key} {value}" for key, value in part["versions"].items())
-        lines += [
-            f"## {name}, batch {part['batch']}",
-            "",
-            f"`{part['command']}`, commit {part['commit']}, {part['seconds']:.0f} s. {found}.",
-            f"Machine: {host['cpu']}, {host['cores']} cores, {part['threads']} thread(s), device "
-            f"{part['device']}, autocast {part['amp']}, load {host['load_1min']} at the end.",
-            "",
-            *(counts_table(part) if name == "counts" else systems_table(part)),
-            "",
-        ]
-    return "\n".join(lines)
-
-
-def systems_table(part: dict[str, Any]) -> list[str]:
-    """Systems beside each other, with their stages."""
-    rows = part["systems"].values()
-    stages = [stage for stage in STAGES if any(stage in row["ms"] for row in rows)]
-    base = part["systems"][part["base"]]["title"]
-    lines = harness.table(
-        (
-            "system",
-            "images/s",
-            f"times {base}",
-            "same format",
-            *(f"{stage}, ms" for stage in stages),
-        ),
-        (
-            (
-                row["title"],
-                f"{row['images_per_s']['median']:.1f} ({row['images_per_s']['p10']:.1f} to "
-                f"{row['images_per_s']['p90']:.1f})",
-                *(
-                    f"{row[key]['ratio']:.2f} ({row[key]['low']:.2f} to {row[key]['high']:.2f})"
-                    for key in ("times_base", "times_same")
-                ),
-                *(
-                    f"{row['ms'][stage]['median']:.2f}" if stage in row["ms"] else ""
-                    for stage in stages
-                ),
-            )
-            for row in rows
-        ),
+def measure_kinds(args: argparse.Namespace, *, variant: str) -> dict[str, Any]:
+    """The layers of a classifier of ours, one by one, in the first precision."""
+    return measure_layers(
+        replace(args.settings[0], compile="", graph=False),
+        variant=variant,
+        batch=args.classifier_batch,
+        gb_per_s=args.rates["bandwidth"]["copy"]["best_gb_s"],
+        repeats=2 if args.quick else REPEATS,
     )
-    lines += [
-        "",
-        "images/s and ratios are of forward + loss + backward; `same format`: times torchvision in "
-        "the same memory format, and compiled if the system is.",
-    ]
-    if "first_losses" in part:
-        values = ", ".join(f"{name} {value:.6f}" for name, value in part["first_losses"].items())
-        lines.append(f"First losses: {values}.")
-        lines += [f"- not measured: {name}: {why}" for name, why in part["failed"].items()]
-    return [*lines, harness.disturbance(list(part["others_took"].values()))]
-
-
-def counts_table(part: dict[str, Any]) -> list[str]:
-    """Operations and synchronisations."""
-    rows = []
-    for name, counts in part["systems"].items():
-        for what, row in counts.items():
-            waits = ", ".join(f"{op} {number}" for op, number in row["waiting_ops"].items())
-            seen = str(row.get("syncs_seen", "-"))
-            rows.append((name, what, str(row["ops"]), str(row["waits"]), seen, waits or "none"))
-    head = ("system", "what", "operations", "that wait", "seen on the GPU", "which")
-    return harness.table(head, rows)
 
 
 def parse(words: Sequence[str]) -> argparse.Namespace:
@@ -311,36 +250,97 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         ValueError: For values that do not go together.
     """
     parser = harness.parser("A training step of ours beside torchvision's and timm's.", rounds=9)
-    parser.add_argument("--parts", default=",".join(PARTS), help=f"of {','.join(PARTS)}")
-    parser.add_argument("--batch", type=int, help="of detectors; default 8, on a GPU 64")
-    parser.add_argument("--classifier-batch", type=int, help="default 16, on a GPU 256")
-    parser.add_argument("--steps", type=int, help="in a round; default 1, on a GPU 20")
-    parser.add_argument("--amp", choices=("no", "bf16", "fp16"), default="no")
-    parser.add_argument(
-        "--channels-last", action="store_true", help="measure this memory format alone"
+    add = parser.add_argument
+    add("--parts", help=f"of {','.join(PARTS)}; default: all, without layers on a CPU")
+    add("--variants", help="of classifiers; default small,large, of a quick run on a CPU small")
+    add("--batch", type=int, help="of detectors; default 8, on a GPU 64")
+    add("--classifier-batch", type=int, help="default 16, on a GPU 256")
+    add("--steps", type=int, help="in a round; default 1, on a GPU 20")
+    add("--amp", help=f"of {','.join(AMPS)}; default no, on a GPU bf16,fp16")
+    add(
+        "--channels-last",
+        action="store_true",
+        help="measure this memory format alone (quick: does)",
     )
-    parser.add_argument("--compile", action="store_true", help="compiled systems too")
-    parser.add_argument("--cuda-graphs", action="store_true", help="ours as a CUDA graph too")
-    parser.add_argument("--device", help="default: cuda if there is one")
-    parser.add_argument("--threads", type=int, help="of torch on the CPU; default: as launched")
+    add(
+        "--compile",
+        nargs="?",
+        const="default",
+        metavar="MODES",
+        help=f"compiled systems too: no, or of {','.join(COMPILE_MODES)}; default: all on a GPU",
+    )
+    add(
+        "--cuda-graphs",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="systems as CUDA graphs too; default: on a GPU",
+    )
+    add("--build-limit", type=float, default=180.0, help="seconds for making one system; 0: none")
+    add("--budget", type=float, default=0.0, help="seconds for making a section's; 0: no end")
+    add("--add", action="store_true", help="add the sections to those in --json")
+    add("--device", help="default: cuda if there is one")
+    add("--threads", type=int, help="of torch on the CPU; default: as launched")
+    tracing.add_option(parser)
     args = parser.parse_args(words)
     args.words = list(words)
     args.device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    unknown = set(args.parts.split(",")) - set(PARTS)
-    if unknown:
-        raise ValueError(f"--parts {args.parts}: choose of {', '.join(PARTS)}")
     on_gpu = args.device.type == "cuda"
-    if args.cuda_graphs and not on_gpu:
-        raise ValueError("--cuda-graphs needs a GPU")
     if args.quick:
         args.rounds = min(args.rounds, 2)
-    quick = args.quick and not on_gpu
-    args.batch = args.batch or (64 if on_gpu else 2 if quick else 8)
-    args.classifier_batch = args.classifier_batch or (256 if on_gpu else 4 if quick else 16)
+    small = args.quick and not on_gpu
+    args.channels_last |= small
+    args.batch = args.batch or (64 if on_gpu else 2 if small else 8)
+    args.classifier_batch = args.classifier_batch or (256 if on_gpu else 4 if small else 16)
     args.steps = args.steps or (20 if on_gpu else 1)
     if args.threads:
         torch.set_num_threads(args.threads)
+    _choose(args)
+    if args.add and args.json is None:
+        raise ValueError("--add needs --json FILE to add to")
+    args.before = {}
+    if args.add and args.json.is_file():
+        args.before = json.loads(args.json.read_text(encoding="utf-8")).get("sections", {})
     return args
+
+
+def _choose(args: argparse.Namespace) -> None:
+    """Put parts, variants and settings into the arguments.
+
+    Raises:
+        ValueError: A word is unknown, or needs a GPU.
+    """
+    on_gpu = args.device.type == "cuda"
+    if args.cuda_graphs and not on_gpu:
+        raise ValueError("--cuda-graphs needs a GPU")
+    default_parts = ",".join(GPU_PARTS if on_gpu else CPU_PARTS)
+    args.parts = _words(args.parts or default_parts, PARTS, "--parts")
+    default_variants = "small" if args.quick and not on_gpu else ",".join(VARIANTS)
+    args.variants = _words(args.variants or default_variants, VARIANTS, "--variants")
+    args.amp = _words(args.amp or ("bf16,fp16" if on_gpu else "no"), AMPS, "--amp")
+    everything = on_gpu and not args.quick
+    modes = args.compile or (",".join(COMPILE_MODES) if everything else "no")
+    args.compile = [] if modes == "no" else _words(modes, COMPILE_MODES, "--compile")
+    if args.cuda_graphs is None:
+        args.cuda_graphs = on_gpu
+    args.settings = settings_of(
+        args.device,
+        amps=args.amp,
+        modes=args.compile,
+        graphs=args.cuda_graphs,
+        both_formats=not args.channels_last,
+    )
+
+
+def _words(text: str, known: Sequence[str], flag: str) -> list[str]:
+    """A list of words with commas between them.
+
+    Raises:
+        ValueError: One is unknown.
+    """
+    found = text.split(",")
+    if set(found) - set(known):
+        raise ValueError(f"{flag} {text}: choose of {', '.join(known)}")
+    return found
 
 
 def main(words: Sequence[str] | None = None) -> int:

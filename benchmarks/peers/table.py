@@ -8,9 +8,6 @@ from typing import Any
 from peers import scoring
 from peers.damage import CASES
 
-BEGIN = "<!-- streaming-guarantees: begin -->"
-END = "<!-- streaming-guarantees: end -->"
-
 
 def summarise(
     raw: dict[str, Any], *, truth: dict[int, str], epochs: int, mean_bytes: float
@@ -106,14 +103,15 @@ def markdown(report: dict[str, Any]) -> str:
     systems = report["results"]
     names = [report["names"][name] for name in systems]
     lines = ["| | " + " | ".join(names) + " |", "| --- |" + " --- |" * len(names)]
-    for title, cell in _rows(report):
+    for title, cell in count_rows(report):
         cells = " | ".join(cell(result) for result in systems.values())
         lines.append(f"| {title} | {cells} |")
     lines += ["", *_damage_lines(report)]
     return "\n".join(lines)
 
 
-def _rows(report: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+def count_rows(report: dict[str, Any]) -> list[tuple[str, Callable[[dict[str, Any]], str]]]:
+    """Return the rows of the table of counts: a title, and what makes a system's cell."""
     settings = report["settings"]
     worlds = ", ".join(str(n) for n in settings["world_sizes"])
     walks = [" → ".join(str(n) for n in walk) for walk in settings["elastic"]]
@@ -310,15 +308,3 @@ def damage_cell(row: dict[str, Any] | None) -> str:
     place = "" if row["by"] == "reader" else f" ({row['by']})"
     before = ", ".join(f"{row[name]} {name}" for name in ("wrong", "doubled") if row[name])
     return f"error{place}, {names}" + (f", after {before}" if before else "")
-
-
-def replace_block(text: str, table: str, *, file: str) -> str:
-    """Return a document with the table between its markers.
-
-    Raises:
-        ValueError: if the document has not exactly one pair of markers.
-    """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{file} has no pair of lines {BEGIN} and {END}; add them where it goes")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{table}\n{END}{rest.split(END)[1]}"

@@ -1,4 +1,4 @@
-"""A measured decoder: `python -m pixel_peers.decode_serve NAME`, jobs from `harness.Child`."""
+"""A measured decoder: `python -m pixel_peers.decode_serve NAME`, jobs from `child.Child`."""
 
 from __future__ import annotations
 

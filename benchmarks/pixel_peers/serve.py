@@ -1,4 +1,4 @@
-"""A measured process: takes jobs from `harness.Child` and times what a loader or decoder delivers.
+"""A measured process: takes jobs from `child.Child` and times what a loader or decoder delivers.
 
 `python -m pixel_peers.serve MODULE NAME`. Only the standard library is needed.
 """

@@ -14,6 +14,7 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
 import harness  # noqa: E402
+from child import Child, missing_modules  # noqa: E402
 
 FIGURES = st.lists(st.floats(1, 1e4), min_size=1, max_size=12)
 
@@ -75,7 +76,7 @@ def test_a_disturbed_run_is_done_again(monkeypatch):
 
 def start_child(tmp_path, code):
     (tmp_path / "answering.py").write_text(code)
-    return harness.Child(Path(sys.executable), "answering", work=tmp_path / "logs")
+    return Child(Path(sys.executable), "answering", work=tmp_path / "logs")
 
 
 ANSWERING = """
@@ -110,7 +111,7 @@ def test_a_measured_process_answers_fails_and_dies_whatever_it_prints(tmp_path, 
 
 def test_a_process_that_does_not_answer_is_ended(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(harness, "END_LIMIT_S", 0.2)
+    monkeypatch.setattr("child.END_LIMIT_S", 0.2)
     with start_child(tmp_path, ANSWERING) as child:
         started = time.monotonic()
         with pytest.raises(RuntimeError, match=r"no answer within 0\.5 s"):
@@ -119,8 +120,8 @@ def test_a_process_that_does_not_answer_is_ended(tmp_path, monkeypatch):
 
 
 def test_an_interpreter_that_is_not_there_has_nothing(tmp_path):
-    assert harness.missing_modules(tmp_path / "python", ["json"]) == {"json"}
-    own = harness.missing_modules(Path(sys.executable), ["json", "no_such_thing", "no.such"])
+    assert missing_modules(tmp_path / "python", ["json"]) == {"json"}
+    own = missing_modules(Path(sys.executable), ["json", "no_such_thing", "no.such"])
     assert own == {"no_such_thing", "no.such"}
 
 
@@ -133,3 +134,25 @@ def test_sections_are_added_to_a_saved_report(tmp_path):
     path.write_text(json.dumps({"benchmark": "resume"}))
     with pytest.raises(ValueError, match="no report of loader"):
         harness.merged(report, path)
+
+
+def test_figures_for_wandb_are_numbers_by_their_place():
+    report = {
+        "benchmark": "x",
+        "machine": {"cores": 2},
+        "sections": {"a": {"ms": {"median": 1.5, "rounds": [1.0, 2.0]}, "equal": True}},
+    }
+    assert dict(harness.flat_figures(report)) == {"sections/a/ms/median": 1.5}
+
+
+def test_a_report_is_logged_to_wandb(monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    args = harness.parser("x", rounds=1).parse_args(["--wandb", "speed"])
+    report = {"benchmark": "x", "commit": "abc", "sections": {"a": {"ratio": 2.0}}}
+    harness.finish(report, "# x", args)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == report
+    (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    stored = run.read_bytes()
+    assert b"sections/a/ratio" in stored and b"abc" in stored and b"speed" in stored

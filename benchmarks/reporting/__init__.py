@@ -1,0 +1,1 @@
+"""What report.py is made of: results read, questions answered, tables, plots."""

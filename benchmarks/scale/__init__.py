@@ -1,0 +1,1 @@
+"""What scaling.py is made of: ranks, what they measure, and the model of many of them."""
