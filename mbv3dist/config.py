@@ -145,15 +145,6 @@ class ModelConfig:
     )
     topk_candidates: int = opt(300, "detectors: boxes per class that enter NMS", low=1)
     max_detections: int = opt(300, "detectors: boxes kept per picture", low=1)
-    box_loss: Literal["smooth_l1", "giou", "diou"] = opt(
-        "smooth_l1", "detectors: loss of boxes; giou and diou compare boxes, not deltas"
-    )
-    classification_loss: Literal["hard_negative", "focal"] = opt(
-        "hard_negative", "detectors: cross-entropy with three hard negatives per positive, or focal"
-    )
-    label_smoothing: float = opt(
-        0.0, "detectors: label smoothing of the anchors' classes", low=0, high=0.99
-    )
     min_negatives: int = opt(0, "detectors: hard negatives of a picture without objects", low=0)
 
 

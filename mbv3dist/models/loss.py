@@ -12,13 +12,11 @@ needs no outputs, so that ranks can sum `targets.num_positives` while the forwar
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mbv3dist.models.loss_options import focal_loss, iou_loss
 from mbv3dist.ops.boxes import anchors_to_pixels, box_iou, encode_boxes
 
 
@@ -44,9 +42,8 @@ class MultiboxLoss:
     """Sums over a batch, not normalised: divide by max(1, positives of all ranks).
 
     Attributes:
-        regression_sum: 0-d, smooth-L1 of the positive anchors' deltas (or an IoU loss).
-        classification_sum: 0-d, cross-entropy of positive and hard negative anchors (or the focal
-            loss of all).
+        regression_sum: 0-d, smooth-L1 of the positive anchors' deltas.
+        classification_sum: 0-d, cross-entropy of positive and hard negative anchors.
         num_positives: 0-d, `Targets.num_positives` of the batch.
     """
 
@@ -117,10 +114,6 @@ def multibox_loss(
     *,
     negative_ratio: float = 3.0,
     min_negatives: int = 0,
-    label_smoothing: float = 0.0,
-    box_loss: Literal["smooth_l1", "giou", "diou"] = "smooth_l1",
-    classification_loss: Literal["hard_negative", "focal"] = "hard_negative",
-    anchors: Tensor | None = None,
 ) -> MultiboxLoss:
     """Loss of a batch: smooth-L1 on deltas, cross-entropy on positives and hard negatives.
 
@@ -131,35 +124,20 @@ def multibox_loss(
         negative_ratio: hard negatives per positive in each picture.
         min_negatives: least number of hard negatives of each picture. With 0, as in torchvision, a
             picture without boxes teaches nothing.
-        label_smoothing: share of each anchor's class that is spread over all classes.
-        box_loss: "smooth_l1" on deltas, or an IoU loss on the boxes they stand for.
-        classification_loss: "hard_negative", or "focal" over all anchors, which takes no account
-            of `negative_ratio` and `min_negatives`.
-        anchors: float32 [A, 4], xyxy canvas pixels; needed for IoU losses.
 
     Returns:
         Sums, weighted per picture; see `MultiboxLoss`.
     """
     positive = targets.labels > 0
     predicted = torch.where(positive[..., None], box_deltas.float(), 0.0)
-    if box_loss == "smooth_l1":
-        regression = F.smooth_l1_loss(predicted, targets.deltas, reduction="none").sum((1, 2))
-    else:
-        assert anchors is not None, "an IoU loss needs the anchors"
-        regression = iou_loss(predicted, targets.deltas, anchors, kind=box_loss)
-    if classification_loss == "focal":
-        classification = focal_loss(class_logits, targets.labels, label_smoothing=label_smoothing)
-    else:
-        cross_entropy = F.cross_entropy(
-            class_logits.float().flatten(0, 1),
-            targets.labels.flatten(),
-            reduction="none",
-            label_smoothing=label_smoothing,
-        ).view_as(targets.labels)
-        negative = _hard_negatives(
-            cross_entropy.detach(), positive, ratio=negative_ratio, minimum=min_negatives
-        )
-        classification = torch.where(positive | negative, cross_entropy, 0.0).sum(1)
+    regression = F.smooth_l1_loss(predicted, targets.deltas, reduction="none").sum((1, 2))
+    cross_entropy = F.cross_entropy(
+        class_logits.float().flatten(0, 1), targets.labels.flatten(), reduction="none"
+    ).view_as(targets.labels)
+    negative = _hard_negatives(
+        cross_entropy.detach(), positive, ratio=negative_ratio, minimum=min_negatives
+    )
+    classification = torch.where(positive | negative, cross_entropy, 0.0).sum(1)
     return MultiboxLoss(
         regression_sum=(regression * targets.weight).sum(),
         classification_sum=(classification * targets.weight).sum(),

@@ -14,8 +14,6 @@ from mbv3dist.models.directory import (
     model_from_spec,
     new_spec,
 )
-from mbv3dist.models.loss_options import start_from_prior
-from mbv3dist.models.ssdlite import SSDLite
 from mbv3dist.models.weights import transfer
 
 
@@ -77,8 +75,6 @@ def build_model(
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = recipe.bn_momentum
-    if recipe.classification_loss == "focal" and isinstance(model, SSDLite):
-        start_from_prior(model)  # heads that are taken over from another model replace it
     if source is not None:
         fresh = transfer(model, source.model.state_dict(), source=recipe.init_from)
         note = _describe(recipe.init_from, source.spec, classes, fresh)

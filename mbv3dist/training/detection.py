@@ -5,10 +5,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from mbv3dist.config import ModelConfig, TrainConfig
+from mbv3dist.config import TrainConfig
 from mbv3dist.data.batch import Batch
 from mbv3dist.models.loss import Targets, match_batch, multibox_loss
-from mbv3dist.ops.boxes import anchors_to_pixels
 
 
 @dataclass(frozen=True)
@@ -18,14 +17,12 @@ class DetectionTask:
     Attributes:
         anchors: float32 [A, 4], cxcywh in 0..1.
         size: canvas (height, width) in pixels.
-        pixels: float32 [A, 4], the anchors as xyxy canvas pixels.
-        config: kinds of loss.
+        min_negatives: hard negatives of a picture without objects.
     """
 
     anchors: Tensor
     size: tuple[int, int]
-    pixels: Tensor
-    config: ModelConfig
+    min_negatives: int
 
     metric: ClassVar[str] = "map"
 
@@ -33,7 +30,7 @@ class DetectionTask:
     def from_config(cls, config: TrainConfig, anchors: Tensor) -> "DetectionTask":
         """The task as the recipe has it."""
         size = (config.model.input_size, config.model.input_size)
-        return cls(anchors, size, anchors_to_pixels(anchors, size), config.model)
+        return cls(anchors, size, config.model.min_negatives)
 
     def targets(self, batch: Batch) -> Targets:
         """Matches anchors with boxes; needs no model, so it runs before the forward pass."""
@@ -55,11 +52,7 @@ class DetectionTask:
             class_logits.float(),
             box_deltas.float(),
             targets,
-            min_negatives=self.config.min_negatives,
-            label_smoothing=self.config.label_smoothing,
-            box_loss=self.config.box_loss,
-            classification_loss=self.config.classification_loss,
-            anchors=self.pixels,
+            min_negatives=self.min_negatives,
         )
         return {
             "loss_regression": loss.regression_sum,
