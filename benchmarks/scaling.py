@@ -58,8 +58,8 @@ ARCHITECTURES = (
     "ssdlite_mobilenetv3_small",
     "ssdlite_mobilenetv3_large",
 )
-# Of what training sends: the normalizer, BatchNorm's buffers, and buckets of at most 8 MiB.
-SWEEP_BYTES = (4, 1 << 14, 1 << 16, 1 << 21, 1 << 22, 1 << 23)
+# Of what training sends: the normalizer, and buckets of 2 MiB or a layer that is larger.
+SWEEP_BYTES = (4, 1 << 14, 1 << 18, 1 << 20, 1 << 21, 1 << 22)
 ASSUMPTIONS = {
     "prediction": [
         "Computation is taken from ranks that run side by side in DDP over groups of one: on a "
@@ -68,9 +68,9 @@ ASSUMPTIONS = {
         "measured. On a host that ranks share the last one runs as fast as one alone meanwhile.",
         "An all-reduce takes latency + bytes / rate for each of the 2 (n - 1) messages of a ring; "
         "both figures are fitted to a sweep between otherwise idle ranks.",
-        "The normalizer's all-reduce and the broadcast of BatchNorm's buffers are hidden by "
-        "nothing. Buckets are sent one after the other, each when its gradients are there, as "
-        "measured in the backward pass; their sizes are those that DDP made.",
+        "The normalizer's all-reduce is hidden by the forward pass. Buckets are sent one after the "
+        "other, each when its gradients are there, as measured in the backward pass; their sizes "
+        "are those that DDP made.",
         "On a CPU sending takes the cores' time: the share of them that the sweep kept busy, less "
         "what computing leaves free, is taken from the backward pass. On GPUs nothing is.",
         "Not in it: caches that computing and sending contend for, and the ranks' wake-ups where "

@@ -121,7 +121,7 @@ def _point(
     found = predict(shape, steps, ranks, cluster, overlap=overlap, data_s=data_s)
     images = batch * ranks / found.step_s
     parts = found.parts
-    exposed = parts["normalizer"] + parts["buffers"] + parts["gradients"]
+    exposed = parts["gradients"]
     return {
         "ranks": ranks,
         "nodes": nodes,

@@ -140,7 +140,7 @@ def _traced_ms(answers: Answers) -> dict[str, float]:
         lasted = [_durations(trace) for trace in traces]
         shortest = [min(durations) for durations in zip(*lasted, strict=True)]
         for answer, trace, durations in zip(answers, traces, lasted, strict=True):
-            blocking = sum(durations[:2])
+            blocking = durations[0]  # the normalizer
             last_ready = max(ready for _, ready, _ in trace["buckets"])
             last_end = max(end for _, _, end in trace["buckets"])
             overlapped = _covered(
@@ -161,7 +161,7 @@ def _traced_ms(answers: Answers) -> dict[str, float]:
 
 
 def _durations(trace: dict[str, Any]) -> list[float]:
-    pairs = [trace["normalizer"], trace["buffers"]]
+    pairs = [trace["normalizer"]]
     pairs += [(ready, end) for _, ready, end in trace["buckets"]]
     return [end - start for start, end in pairs]
 
@@ -185,7 +185,6 @@ def step_shape(found: Measured, name: str, picks: Sequence[int]) -> Shape:
         step_s=float(np.mean([step for answer in answers for step in answer["steps_s"]])),
         backward_end_s=float(np.mean([trace["backward_end"] for trace in traces])),
         buckets=tuple(Bucket(size, float(at)) for size, at in zip(sizes, ready, strict=True)),
-        buffer_bytes=tuple(found.facts["buffer_bytes"]),
     )
 
 
@@ -253,7 +252,6 @@ def prediction_model(found: Measured) -> dict[str, Any]:
             {"bytes": bucket.num_bytes, "ready": round(bucket.ready_s / shape.step_s, 3)}
             for bucket in shape.buckets
         ],
-        "buffer_bytes": list(shape.buffer_bytes),
         "checks": [_check(found, kind, world) for world in worlds for kind in KINDS],
     }
 

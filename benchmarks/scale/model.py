@@ -6,8 +6,6 @@ A step of n ranks is predicted as the sum of
 
 - compute: the mean step of a rank that does all of DDP's work but talks to nobody;
 - stragglers: the mean of the slowest of n such steps (independent draws), less that mean;
-- normalizer: the all-reduce of one float32 before the forward pass, which nothing hides;
-- buffers: the broadcast of BatchNorm's buffers at the start of the forward pass, hidden by nothing;
 - gradients: of the all-reduces of DDP's buckets, what the backward pass does not hide.
 
 A message costs latency + bytes / rate on each link that it crosses (the alpha-beta model). Ways of
@@ -160,19 +158,6 @@ def all_reduce_s(num_bytes: float, ranks: int, cluster: Cluster) -> tuple[float,
     return ways[name], name
 
 
-def broadcast_s(num_bytes: float, ranks: int, cluster: Cluster) -> float:
-    """Return the time of a broadcast by a pipelined tree: in rank 0's node and among nodes."""
-    local, nodes = cluster.shape(ranks)
-    took = 0.0
-    for members, link, rate in (
-        (local, cluster.intra, 1e9 * cluster.intra.gbytes_per_s),
-        (nodes, cluster.inter, 1e9 * cluster.inter.gbytes_per_s),
-    ):
-        if members > 1:
-            took += math.ceil(math.log2(members)) * 1e-6 * link.latency_us + num_bytes / rate
-    return took
-
-
 def fit_link(
     sizes: Sequence[float], seconds: Sequence[float], *, ranks: int, title: str = "measured"
 ) -> Link:
@@ -214,13 +199,11 @@ class Shape:
         step_s: Its length.
         backward_end_s: When the last gradient is there.
         buckets: In the order in which DDP sends them.
-        buffer_bytes: Of each broadcast.
     """
 
     step_s: float
     backward_end_s: float
     buckets: tuple[Bucket, ...]
-    buffer_bytes: tuple[int, ...]
 
     def scaled(self, step_s: float) -> Shape:
         """Return the same step, stretched to this length."""
@@ -300,20 +283,15 @@ def predict(
     found = [all_reduce_s(bucket.num_bytes, ranks, cluster) for bucket in shape.buckets]
     times = [took for took, _ in found]
     normalizer = all_reduce_s(4, ranks, cluster)[0]
-    buffers = sum(broadcast_s(size, ranks, cluster) for size in shape.buffer_bytes)
     parts = {
         "compute": mean,
         "stragglers": (expected_max(steps, ranks) - mean) / max(contention, 1.0),
-        "normalizer": normalizer,
-        "buffers": buffers,
         "gradients": exposed_s(shape, times, overlap=overlap),
     }
     step_s = sum(parts.values())
     parts["data"] = max(0.0, data_s - step_s)
     largest = max(range(len(times)), key=lambda place: times[place])
-    return Prediction(
-        step_s + parts["data"], parts, sum(times) + normalizer + buffers, found[largest][1]
-    )
+    return Prediction(step_s + parts["data"], parts, sum(times) + normalizer, found[largest][1])
 
 
 def bootstrap(

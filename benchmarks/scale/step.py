@@ -5,7 +5,8 @@
   sent; a hook notes when each bucket of gradients is there;
 - together: as training with several processes has it: Accelerate's DDP with our bucket sizes, and
   the all-reduce of the loss's normalizer;
-- traced: the same, with the start and the end of everything that is sent noted.
+- traced: the same, with the start and the end noted of every bucket that is sent, and of the wait
+  for the normalizer.
 
 Model, DDP's settings, optimiser, targets and loss come from mbv3dist.training; the body of `_step`
 is that of `training/run.py` without loader, schedule and records. Pictures and boxes are drawn.
@@ -15,7 +16,6 @@ import copy
 import hashlib
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -35,8 +35,8 @@ from mbv3dist.training.build import build_model
 from mbv3dist.training.classification import ClassificationTask
 from mbv3dist.training.detection import DetectionTask
 from mbv3dist.training.optim import build_optimizer, set_lr, train_mode
-from mbv3dist.training.processes import step_seed
-from mbv3dist.training.setup import Task, make_accelerator
+from mbv3dist.training.processes import start_sum, step_seed
+from mbv3dist.training.setup import Task, keep_buffers_local, make_accelerator
 
 WARM_UP = 3  # DDP lays out its buckets in the first step and uses them from the second one on
 NUM_CLASSES = {"classification": 1000, "detection": 20}
@@ -73,8 +73,7 @@ class Trace:
     """Points of one step."""
 
     start: Any
-    normalizer: tuple[Any, Any] | None = None
-    buffers: tuple[Any, Any] | None = None
+    normalizer: tuple[Any, Any] | None = None  # the wait for it, after the forward pass
     buckets: list[list[Any]] = field(default_factory=list)  # bytes, ready, end
     backward_end: Any = None
 
@@ -209,12 +208,14 @@ class Forms:
         wrapped = DistributedDataParallel(
             precise, device_ids=places, process_group=groups[self._rank], **handler.to_kwargs()
         )
+        keep_buffers_local(wrapped)
         wrapped.register_comm_hook(None, self._note_ready)
         return self._with_optimizer(bare, wrapped)
 
     def _together(self, model: nn.Module) -> Form:
         bare = copy.deepcopy(model)
         wrapped, optimizer = self._accelerator.prepare(bare, self._optimizer(bare))
+        keep_buffers_local(wrapped)
         if self._delay_s:
             wrapped.register_comm_hook(None, self._note_sent)
         return Form(bare, wrapped, optimizer, sends=True)
@@ -222,16 +223,8 @@ class Forms:
     def _traced(self, model: nn.Module) -> Form:
         bare = copy.deepcopy(model)
         wrapped, optimizer = self._accelerator.prepare(bare, self._optimizer(bare))
+        keep_buffers_local(wrapped)
         wrapped.register_comm_hook(None, self._note_sent)
-        send: Callable[[], None] = wrapped._sync_buffers
-
-        def noted() -> None:
-            began = self._marks.now()
-            send()
-            if self._trace is not None:
-                self._trace.buffers = (began, self._marks.now())
-
-        wrapped._sync_buffers = noted
         return Form(bare, wrapped, optimizer, sends=True)
 
     def _note_ready(self, state: object, bucket: GradBucket) -> torch.futures.Future[torch.Tensor]:
@@ -274,15 +267,14 @@ class Forms:
         set_lr(form.optimizer, 1.0)
         targets = task.targets(batch)
         normalizer = torch.stack([task.normalizer(targets)]).sum().float()
-        if form.sends:
-            began = self._marks.now() if trace else None
-            dist.all_reduce(normalizer)
-            if trace:
-                trace.normalizer = (began, self._marks.now())
-        scale = world_size / normalizer.clamp(min=1)
+        summed = start_sum(normalizer) if form.sends else lambda: normalizer
         preprocess = self._spec.preprocess
         images = normalize_images(batch.image, mean=preprocess.mean, std=preprocess.std)
         losses = task.losses(form.model(images), batch, targets)
+        began = self._marks.now() if trace else None
+        scale = world_size / summed().clamp(min=1)
+        if trace and form.sends:
+            trace.normalizer = (began, self._marks.now())
         loss = torch.stack(list(losses.values())).sum() * scale
         accelerator.backward(loss)
         if trace:
@@ -338,7 +330,6 @@ class Forms:
 
         return {
             "normalizer": [since(point) for point in trace.normalizer or ()],
-            "buffers": [since(point) for point in trace.buffers or ()],
             "buckets": [[size, since(ready), since(end)] for size, ready, end in trace.buckets],
             "backward_end": since(trace.backward_end),
         }
@@ -346,14 +337,9 @@ class Forms:
     def facts(self) -> dict[str, Any]:
         """Return what has to be sent, and where this runs."""
         bare = self._forms["alone"].bare
-        buffers: dict[torch.dtype, int] = {}
-        for value in bare.buffers():
-            size = value.numel() * value.element_size()
-            buffers[value.dtype] = buffers.get(value.dtype, 0) + size
         on_gpu = self._device.type == "cuda"
         return {
             "parameters": sum(value.numel() for value in bare.parameters()),
-            "buffer_bytes": list(buffers.values()),  # DDP sends those of one type together
             "device": torch.cuda.get_device_name(self._device) if on_gpu else "cpu",
             "backend": dist.get_backend(),
             "threads": torch.get_num_threads(),

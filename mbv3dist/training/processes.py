@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
+from torch import Tensor
 
 T = TypeVar("T")
 
@@ -104,6 +105,21 @@ def on_main_process(function: Callable[[], T]) -> T:
         raise AgreedError(box[1])
     result: T = box[0]
     return result
+
+
+def start_sum(value: Tensor) -> Callable[[], Tensor]:
+    """Starts to sum a tensor over all ranks, in place; returns what waits for the sum.
+
+    On a GPU only the stream waits, not the host.
+    """
+    work = dist.all_reduce(value, async_op=True) if is_distributed() else None
+
+    def wait() -> Tensor:
+        if work is not None:
+            work.wait()
+        return value
+
+    return wait
 
 
 def is_lost_peer(error: RuntimeError) -> bool:

@@ -33,6 +33,7 @@ from mbv3dist.training.processes import (
     leave_group,
     local_rank,
     on_main_process,
+    start_sum,
     step_seed,
 )
 from mbv3dist.training.report import write_report
@@ -116,14 +117,12 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
             progress = plan.epochs_done(step)
             set_lr(run.optimizer, lr_factor(progress, config.optim, epochs=config.epochs))
 
-            # The loss is divided by a count over ALL ranks and micro-batches, known from the
-            # targets alone, before any forward pass.
+            # The loss is divided by a count over ALL ranks and micro-batches. It is known from the
+            # targets alone, so that it is on its way while the first forward pass runs.
             micro_batches = batch.split(accumulation)
             targets = [task.targets(micro) for micro in micro_batches]
             normalizer = torch.stack([task.normalizer(t) for t in targets]).sum().float()
-            if world_size > 1:
-                dist.all_reduce(normalizer)
-            scale = world_size / normalizer.clamp(min=1)  # DDP averages over ranks
+            summed = start_sum(normalizer)
 
             for i, micro in enumerate(micro_batches):
                 images = normalize_images(
@@ -136,6 +135,7 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
                 is_last = i == accumulation - 1
                 with contextlib.nullcontext() if is_last else accelerator.no_sync(run.step_model):
                     losses = task.losses(run.step_model(images), micro, targets[i])
+                    scale = world_size / summed().clamp(min=1)  # DDP averages over ranks
                     accelerator.backward(torch.stack(list(losses.values())).sum() * scale)
                 meter.add(losses, normalizer)
             if config.optim.clip_grad_norm > 0:

@@ -13,6 +13,7 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from mbv3dist.config import TrainConfig
 from mbv3dist.data.batch import Batch
@@ -43,6 +44,8 @@ from mbv3dist.training.processes import (
     is_distributed,
     on_main_process,
 )
+
+BUCKET_MB = 2  # of gradients that DDP sends at once; see docs/decisions.md
 
 
 class Task(Protocol):
@@ -143,6 +146,7 @@ def prepare(config: TrainConfig) -> Run:
 
         ema = ModelEmaV3(model, decay=config.optim.ema_decay, use_warmup=True)
     step_model, prepared_optimizer = accelerator.prepare(model, optimizer)
+    keep_buffers_local(step_model)
     if config.compile:
         step_model = torch.compile(step_model, dynamic=False)
     task: Task
@@ -196,7 +200,8 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         torch.backends.cudnn.benchmark = False
     else:
         torch.backends.cudnn.benchmark = True
-    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=8)
+    # Small buckets: the last one has no backward pass left to hide behind.
+    ddp = DistributedDataParallelKwargs(gradient_as_bucket_view=True, bucket_cap_mb=BUCKET_MB)
     accelerator = Accelerator(
         cpu=not torch.cuda.is_available(),  # else torchrun's ranks would each train alone
         mixed_precision=config.mixed_precision or None,
@@ -207,6 +212,17 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         raise ValueError("--sync_bn works on GPUs only; leave it out on CPUs")
     check_world_size(accelerator.num_processes)
     return accelerator
+
+
+def keep_buffers_local(model: nn.Module) -> None:
+    """Stop DDP from sending rank 0's BatchNorm statistics in each step, if `model` is in DDP.
+
+    They are still sent once, when DDP is built. Rank 0's are the run's, and `validate` sends them.
+    Set here since torch 2.15 deprecates the argument `broadcast_buffers` and accelerate does not
+    know its successor.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model.broadcast_buffers = False
 
 
 def _settle_buckets(run: Run) -> None:

@@ -83,7 +83,7 @@ def test_ranks_in_ddp_stay_equal(pool, architecture):
     (trace,) = answer["traces"]
     assert sum(size for size, _, _ in trace["buckets"]) == 4 * facts[0]["parameters"]
     ready = [at for _, at, _ in trace["buckets"]]
-    assert 0 < trace["normalizer"][0] < trace["buffers"][0] < ready[0]
+    assert 0 < trace["normalizer"][0] < trace["normalizer"][1] < ready[0]
     assert ready == sorted(ready)
     assert all(at < end for _, at, end in trace["buckets"])
 
