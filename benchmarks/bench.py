@@ -48,13 +48,13 @@ class Benchmark:
 BENCHMARKS = (
     Benchmark("train_step", "train_step", ("--rounds", "5"), ()),
     Benchmark("nms", "nms", ("--rounds", "5"), ("--devices", "cuda")),
-    Benchmark("end_to_end", "end_to_end", ("--rounds", "2"), ("--amp", "bf16")),
+    Benchmark("end_to_end", "end_to_end", ("--rounds", "3"), ("--amp", "bf16")),
     Benchmark("gpu_pixels", "gpu_pixels", None, ()),
     Benchmark("scaling", "scaling", (), ()),
     Benchmark(
         "loader",
         "loader",
-        ("--rounds", "3", "--seconds", "0.5", "--samples", "512", "--sizes", "originals"),
+        ("--rounds", "3", "--seconds", "0.5", "--samples", "640", "--sizes", "originals"),
     ),
     Benchmark(
         "decode",
