@@ -297,7 +297,9 @@ def test_folded_inference_gives_the_models_logits():
     assert not logits.requires_grad
     half = inference_system("ours", "small", replace(EAGER, amp="bf16"), batch=2)
     assert half.whole_step(marks.append).dtype == torch.bfloat16
-    torch.testing.assert_close(half.step(marks.append).float(), logits, atol=1e-5, rtol=0.1)
+    # As a whole: single logits near zero are all rounding, and how much depends on the processor.
+    error = torch.linalg.vector_norm(half.step(marks.append).float() - logits)
+    assert error < 0.05 * torch.linalg.vector_norm(logits)
 
 
 def compiled_as(backend, monkeypatch):
