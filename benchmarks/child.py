@@ -31,8 +31,10 @@ class Child:
         """
         work.mkdir(parents=True, exist_ok=True)
         self.log = work / f"{'-'.join((module.rpartition('.')[2], *words))}.log"
-        paths = [str(HERE), os.environ.get("PYTHONPATH", "")]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        given = filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))
+        # Made whole: the process starts in another folder.
+        paths = [str(HERE), *map(os.path.abspath, given)]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
         environment |= {
             "OMP_NUM_THREADS": "1",
             "TMPDIR": str(work),

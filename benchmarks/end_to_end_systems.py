@@ -12,7 +12,6 @@ put them together, without logging, and without reading the loss at each step, w
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import math
 import os
@@ -25,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import machine
 import torch
 from pixel_peers.serve import Answer, answer_jobs
 from torch import Tensor, nn
@@ -343,7 +343,7 @@ def versions(name: str) -> dict[str, str]:
     """Return what runs."""
     packages = {"ours": ["mbv3dist"], "timm": ["timm", "pillow"]}
     own = packages.get(name.partition("_")[0], ["torchvision", "pillow"])
-    return {package: importlib.metadata.version(package) for package in ["torch", *own]}
+    return machine.versions("torch", *own)
 
 
 def main() -> None:

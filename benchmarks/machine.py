@@ -42,8 +42,16 @@ def commit() -> str:
 
 
 def versions(*packages: str) -> dict[str, str]:
-    """Return the installed versions of packages."""
-    return {name: importlib.metadata.version(name) for name in packages}
+    """Return the versions of packages."""
+    return {name: _version(name) for name in packages}
+
+
+def _version(name: str) -> str:
+    if name == "mbv3dist":  # may be on the path without being installed, as on a lent GPU machine
+        import mbv3dist
+
+        return mbv3dist.__version__
+    return importlib.metadata.version(name)
 
 
 def peak_mb() -> float:

@@ -7,12 +7,12 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mbv3dist import __version__
 from mbv3dist.convert.publish import all_counts, failure_path, raise_problems, write_report
 from mbv3dist.convert.records import ConvertReport, Job, Options, Problem, SplitReport
 from mbv3dist.convert.targets import Target, work_path
@@ -75,7 +75,7 @@ def plan_of(work: Work) -> dict[str, Any]:
     for record in work.job.records:
         digest.update(f"{record.source}\0{record.label}\n".encode())
     return {
-        "the version of mbv3dist": metadata.version("mbv3dist"),
+        "the version of mbv3dist": __version__,
         "the number of parts": work.part[1],
         "the task": work.settings.task,
         "the kind of label": work.settings.label_from,

@@ -11,10 +11,10 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from mbv3dist import __version__
 from mbv3dist.convert.files import show
 from mbv3dist.convert.records import ConversionError, Job, Options, Problem, SplitReport
 from mbv3dist.convert.writer import sync_folder, write_file
@@ -232,7 +232,7 @@ def publish(
         "wids_version": 1,
         "name": split,
         **description,
-        "mbv3dist_version": metadata.version("mbv3dist"),
+        "mbv3dist_version": __version__,
         "shardlist": shardlist,
     }
     sync_folder(out)

@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from mbv3dist.messages import one_line
+
 Decode = Literal["cpu", "hybrid", "gpu"]
 
 # How much faster something must be to be worth it. Work on the device takes time from training,
@@ -44,8 +46,8 @@ def choose_decode(
         device_type: "cuda", or anything else, where there is nothing to measure.
         ways: what to measure, "cpu" among them. Calling one makes it ready and returns a function
             that takes a batch of real samples all the way to normalised pixels on the device,
-            waits for it and returns the number of pictures. A ValueError from making it ready
-            means that it does not work here.
+            waits for it and returns the number of pictures. A way other than "cpu" that fails, in
+            a library or a driver, does not work here; the reason says why.
         seconds_each: for how long each is measured, after a first batch that does not count.
         clock: seconds.
     """
@@ -55,11 +57,11 @@ def choose_decode(
     problems: dict[Decode, str] = {}
     for name, make_ready in ways.items():
         try:
-            run = make_ready()
-        except ValueError as error:
-            problems[name] = str(error)
-        else:
-            rates[name] = measure_rate(run, seconds=seconds_each, clock=clock)
+            rates[name] = measure_rate(make_ready(), seconds=seconds_each, clock=clock)
+        except (ValueError, RuntimeError, OSError) as error:
+            if name == "cpu":
+                raise  # nothing is left to choose
+            problems[name] = one_line(str(error))
     return decide(rates, problems)
 
 

@@ -84,3 +84,17 @@ def test_the_first_call_does_not_count():
     calls = iter([10.0, 0.2, 0.2, 0.2, 0.2])
     rate = measure_rate(lambda: clock.work(next(calls), 50)(), seconds=0.5, clock=clock.read)
     assert rate == pytest.approx(250)
+
+
+def test_a_way_that_fails_while_it_is_measured_is_named_and_not_taken():
+    clock = Clock()
+
+    def fails() -> int:
+        raise RuntimeError("nvjpegDecode failed:\n  status 8")
+
+    ways = {"cpu": lambda: clock.work(0.1, 100), "gpu": lambda: fails}
+    choice = choose_decode("cuda", ways, clock=clock.read)
+    assert choice.decode == "cpu"
+    assert choice.reason.endswith("gpu not possible (nvjpegDecode failed: status 8)")
+    with pytest.raises(RuntimeError, match="nvjpegDecode failed"):
+        choose_decode("cuda", {"cpu": lambda: fails}, clock=clock.read)
