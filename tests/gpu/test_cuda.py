@@ -3,17 +3,21 @@
 Skipped where there is none; `make gpu` runs them on a machine that has one.
 """
 
+import copy
 import hashlib
 import json
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import kill_when, run_mbv3dist
+from torch import nn
 
 from mbv3dist.models.directory import create_model
 from mbv3dist.models.loss import match_batch, multibox_loss
 from mbv3dist.ops.nms import postprocess
+from mbv3dist.training.setup import BUCKET_MB
 
 WITH_GPU = {"CUDA_VISIBLE_DEVICES": "0"}  # the tests' processes see none unless asked
 pytestmark = [
@@ -22,10 +26,13 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
-@pytest.mark.parametrize("processes", [0, 1])  # 1: NCCL with a world of one
-def test_detector_trains(detection_recipe, tmp_path, precision, processes):
-    flags = ["--out", tmp_path, "--mixed_precision", precision]
+@pytest.mark.parametrize(
+    ("precision", "processes", "decode"),
+    # 1: by torchrun, with a process group, but without DDP, which needs two
+    [("no", 0, "cpu"), ("bf16", 0, "auto"), ("fp16", 0, "cpu"), ("bf16", 1, "cpu")],
+)
+def test_detector_trains(detection_recipe, tmp_path, precision, processes, decode):
+    flags = ["--out", tmp_path, "--mixed_precision", precision, "--data.decode", decode]
     done = run_mbv3dist("train", detection_recipe, *flags, processes=processes, env=WITH_GPU)
     assert done.returncode == 0, done.stderr
     assert f"on cuda, precision {precision}" in done.stdout
@@ -57,6 +64,44 @@ def test_deterministic_resume_has_the_same_bits(detection_recipe, tmp_path):
     assert digest("killed") == digest("whole")
 
 
+def test_ddp_over_nccl_gives_the_gradients_of_the_bare_model(tmp_path):
+    """A group of one takes all of DDP's ways, and the collectives that training uses."""
+    device = torch.device("cuda", 0)
+    images = torch.randn(4, 3, 96, 96, generator=torch.Generator().manual_seed(0)).to(device)
+    model = create_model("mobilenetv3_small", ["a", "b"]).to(device)
+    bare = copy.deepcopy(model)
+    dist.init_process_group(
+        "nccl", init_method=f"file://{tmp_path}/meeting", rank=0, world_size=1, device_id=device
+    )
+    try:
+        side = dist.new_group(backend="gloo")  # as stop requests are agreed on
+        votes = torch.ones(1)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=side)
+        box = ["a choice"]
+        dist.broadcast_object_list(box, src=0)
+        total = torch.full((), 7.0, device=device)
+        handle = dist.all_reduce(total, async_op=True)
+        wrapped = nn.parallel.DistributedDataParallel(
+            model,
+            device_ids=[0],
+            bucket_cap_mb=BUCKET_MB,
+            gradient_as_bucket_view=True,
+        )
+        for _ in range(2):  # buckets are laid out anew after the first
+            for network in (wrapped, bare):
+                network.zero_grad()
+                torch.manual_seed(0)  # dropout
+                network(images).square().sum().backward()
+            handle.wait()
+        assert (votes.item(), box, total.item()) == (1, ["a choice"], 7)
+        ours, theirs = (
+            torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (model, bare)
+        )
+        assert (ours - theirs).norm() < 1e-2 * theirs.norm()
+    finally:
+        dist.destroy_process_group()
+
+
 def random_targets(batch: int, size: int) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     corner = torch.rand(batch, 12, 2, generator=generator) * size * 0.7
@@ -73,9 +118,9 @@ def test_loss_does_not_synchronise_and_equals_the_cpu():
         model = model.to(device)
         inputs = [tensor.to(device) for tensor in (images, boxes, labels)]
         logits, deltas = model(inputs[0])
-        if device == "cuda":
-            torch.cuda.set_sync_debug_mode("error")
         try:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("error")
             targets = match_batch(model.anchors, *inputs[1:], size=(320, 320))
             loss = multibox_loss(logits, deltas, targets)
             (loss.regression_sum + loss.classification_sum).backward()

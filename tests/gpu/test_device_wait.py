@@ -16,15 +16,22 @@ STEPS = 12
 
 
 def work_cycles(seconds: float) -> int:
-    """GPU cycles that keep the device busy for so long, found by trying."""
-    cycles = 10_000_000
-    torch.cuda._sleep(cycles)
+    """GPU cycles that keep the device busy for so long, found by trying.
+
+    An idle card's clock is a fifth of a busy one's, so it is tried until two tries agree.
+    """
+    cycles, before = 100_000_000, 0.0
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    torch.cuda._sleep(cycles)
-    end.record()
-    end.synchronize()
-    return int(cycles * 1000 * seconds / start.elapsed_time(end))
+    for _ in range(50):
+        start.record()
+        torch.cuda._sleep(cycles)
+        end.record()
+        end.synchronize()
+        took = start.elapsed_time(end)
+        if abs(took - before) < 0.02 * took:
+            break
+        before = took
+    return int(cycles * 1000 * seconds / took)
 
 
 def measure(*, pause_s: float, work_s: float) -> dict[str, float]:
@@ -36,8 +43,8 @@ def measure(*, pause_s: float, work_s: float) -> dict[str, float]:
     batch.to(device, non_blocking=True)
     torch.cuda.synchronize()
     meter = Meter(device)
-    torch.cuda.set_sync_debug_mode("error")  # a step must not wait for the device
     try:
+        torch.cuda.set_sync_debug_mode("error")  # a step must not wait for the device
         for _ in range(STEPS):
             meter.ask()
             time.sleep(pause_s)

@@ -48,8 +48,8 @@ def test_colours_do_not_synchronise_and_can_be_captured():
     options = {"mean": MEAN, "std": STD, "color": color}
     normalize_images(images, **options)  # compiles
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         normalize_images(images, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")

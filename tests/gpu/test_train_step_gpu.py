@@ -26,7 +26,10 @@ def run(capsys, *words):
     return json.loads(capsys.readouterr().out.splitlines()[-1])["sections"]
 
 
-@pytest.mark.parametrize("amp", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "amp",
+    ["bf16", *(pytest.param(amp, marks=pytest.mark.slow) for amp in ("no", "fp16"))],
+)
 def test_steps_and_counts(amp, capsys):
     words = ["--batch", "4", "--amp", amp, "--parts", "detectors,counts", "--compile"]
     found = run(capsys, *words, "--cuda-graphs")
@@ -42,6 +45,7 @@ def test_steps_and_counts(amp, capsys):
     assert 100 < found["roofline"]["bandwidth"]["copy"]["best_gb_s"] < 20_000
 
 
+@pytest.mark.slow  # compiles twelve times
 def test_classifiers_in_every_library(capsys, tmp_path):
     words = ["--classifier-batch", "8", "--amp", "bf16"]
     words += ["--parts", "classifiers,inference,layers"]
