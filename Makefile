@@ -41,40 +41,22 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# For a GPU machine without network that has torch, torchvision, accelerate and pytest, but not
-# these: wheels for Python 3.12, 35 MB in .gpu/wheels and 60 MB in .gpu/llvmlite, which may have to
-# be brought one after the other. `make gpu` there uses them.
-GPU_WHEELS := defusedxml faster-coco-eval llvmlite numba nvidia-nvimgcodec-cu13 nvidia-nvjpeg \
-  rich timm webdataset
+# For a GPU machine without network that has torch, torchvision, accelerate, timm, numba and pytest,
+# but not these: wheels for Python 3.12, 30 MB in .gpu/wheels, which has to be brought there.
+GPU_WHEELS := braceexpand defusedxml faster-coco-eval nvidia-nvimgcodec-cu13 nvidia-nvjpeg webdataset
 
 gpu-bundle: $(STAMP)
+	rm -rf .gpu/wheels
 	$(BIN)/python -m pip download --quiet --no-deps --only-binary=:all: --python-version 3.12 \
 	  --implementation cp --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 \
 	  --constraint constraints.txt --dest .gpu/wheels $(GPU_WHEELS)
-	mkdir -p .gpu/llvmlite && mv .gpu/wheels/llvmlite-*.whl .gpu/llvmlite
 
+# There, or without make: python3 benchmarks/gpu_session.py --list
 gpu:
-	$(PYTHON) -m pip install --quiet --no-index --no-deps --upgrade --target .gpu/site .gpu/wheels/*.whl .gpu/llvmlite/*.whl
-	PYTHONPATH=.gpu/site:. $(PYTHON) -m pytest -m gpu
-
-# After `make gpu`, most wanted first; each leaves NAME.json and NAME.md in RESULTS. Some 20 minutes,
-# no call more than 10. One report of train_step is filled part by part, and saved after each section,
-# so that what is cut off is only the rest; a call that fails does not take the next with it.
-RESULTS ?= .gpu/results
-GPU_PYTHON := PYTHONPATH=.gpu/site:. $(PYTHON)
-TRAIN_STEP := timeout 560 $(GPU_PYTHON) benchmarks/train_step.py --add --json $(RESULTS)/train_step.json \
-  --markdown $(RESULTS)/train_step.md --trace $(RESULTS)/trace.json.gz --rounds 7 --build-limit 90
+	$(PYTHON) benchmarks/gpu_session.py install tests
 
 gpu-benchmarks:
-	mkdir -p $(RESULTS)
-	-$(TRAIN_STEP) --parts classifiers --variants large --classifier-batch 512 --budget 240
-	-$(TRAIN_STEP) --parts layers --classifier-batch 512
-	-$(TRAIN_STEP) --parts classifiers --variants small --classifier-batch 512 --budget 120 --amp bf16,fp16 --compile default,reduce-overhead
-	-$(TRAIN_STEP) --parts detectors,counts --budget 150 --compile default,reduce-overhead
-	-timeout 300 $(GPU_PYTHON) benchmarks/nms.py --devices cuda --trace $(RESULTS)/trace-nms.json.gz --json $(RESULTS)/nms.json --markdown $(RESULTS)/nms.md
-	-timeout 400 $(GPU_PYTHON) benchmarks/end_to_end.py --amp bf16 --rounds 3 --json $(RESULTS)/end_to_end.json --markdown $(RESULTS)/end_to_end.md
-	-$(TRAIN_STEP) --parts inference --classifier-batch 512 --budget 90 --compile default,max-autotune-no-cudagraphs
-	-timeout 300 $(GPU_PYTHON) benchmarks/gpu_pixels.py --json $(RESULTS)/gpu_pixels.json --markdown $(RESULTS)/gpu_pixels.md
+	$(PYTHON) benchmarks/gpu_session.py nms large detectors end_to_end layers small inference gpu_pixels
 
 # Every benchmark that this machine can run, shortened to less than 20 minutes on two cores.
 bench: $(STAMP)

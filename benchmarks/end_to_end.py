@@ -16,6 +16,7 @@ the device had no batch.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
@@ -41,14 +42,17 @@ DRAWN = 128  # different pictures, where none are given
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Measure the parts that were asked for."""
-    sections = {}
+    """Measure the parts that were asked for; save what there is after each."""
+    sections: dict[str, Any] = {}
     with ExitStack() as stack:
         work = args.work or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         for part in args.parts.split(","):
             data = prepare(work.resolve(), part, args)
             sections[part] = measure_part(data, part, args)
-    return {**harness.header("end_to_end", args.words), "sections": sections}
+            report = {**harness.header("end_to_end", args.words), "sections": sections}
+            if args.json is not None:
+                args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    return report
 
 
 def samples_of(part: str, args: argparse.Namespace) -> int:

@@ -44,6 +44,7 @@ ACTIVATIONS = (nn.ReLU, nn.ReLU6, nn.Hardswish, nn.Hardsigmoid)
 ACTIVATION_NAMES = ("HardSwish", "HardSwishMe", "Hardswish", "HardSigmoid", "Hardsigmoid", "ReLU6")
 GPU_BUFFER_BYTES = 1 << 30
 CPU_BUFFER_BYTES = 1 << 27
+HOLD_UP_CYCLES = 20_000_000
 REPEATS = 10
 
 
@@ -167,7 +168,11 @@ def _matmul_tflop_s(device: torch.device, amp: str, *, quick: bool) -> float:
 
 
 def timed_s(action: Callable[[], object], device: torch.device, *, repeats: int) -> list[float]:
-    """Return the seconds of each of some calls; on a GPU between events, read at the end."""
+    """Return the seconds of each of some calls; on a GPU between events, read at the end.
+
+    There the device is held up first, so that all calls are queued before the first begins: short
+    ones would else be timed by how fast Python sends them.
+    """
     for _ in range(3):
         action()
     if device.type != "cuda":
@@ -178,12 +183,18 @@ def timed_s(action: Callable[[], object], device: torch.device, *, repeats: int)
             found.append(time.perf_counter() - started)
         return found
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    hold_up()
     events[0].record()
     for event in events[1:]:
         action()
         event.record()
     torch.cuda.synchronize(device)
     return [before.elapsed_time(after) / 1e3 for before, after in itertools.pairwise(events)]
+
+
+def hold_up() -> None:
+    """Keep the GPU busy for some ten milliseconds (twice that at a low clock)."""
+    torch.cuda._sleep(HOLD_UP_CYCLES)
 
 
 def floor_entry(traffic: Traffic) -> dict[str, Any]:

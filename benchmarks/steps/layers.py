@@ -8,6 +8,7 @@ floor says where a kernel of our own could pay.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from steps.systems import Setting, make_classifier
 
 REPEATS = 10
+SETS = 3  # of inputs, used in turns: a layer's own may fit into the cache
 # Forward and backward; of input and output (convolutions), or of the output (the others).
 PASSES = {"convolution": (1, 2), "batch norm": (3, 5), "activation": (2, 3)}
 
@@ -95,18 +97,22 @@ def time_layer(
     module = layer.module.train().to(device)
     if layer.rule == "convolution":  # batch norms keep float32 weights, as autocast has it
         module = module.to(dtype).to(memory_format=layout)
-    images = torch.randn(batch, *layer.shape, device=device, dtype=dtype)
-    images = images.contiguous(memory_format=layout).requires_grad_()
-    output = module(images)
-    gradient = torch.ones_like(output)
-    # Nobody asks for the gradient of pictures.
-    wanted = [*module.parameters(), *([images] if layer.shape[0] > 3 else [])]
+    sets = []
+    for _ in range(SETS if device.type == "cuda" else 1):
+        images = torch.randn(batch, *layer.shape, device=device, dtype=dtype)
+        images = images.contiguous(memory_format=layout).requires_grad_()
+        sets.append((images, module(images)))
+    gradient = torch.ones_like(sets[0][1])
+    turns = itertools.cycle(sets)
 
     def backward() -> object:
+        images, output = next(turns)
+        # Nobody asks for the gradient of pictures.
+        wanted = [*module.parameters(), *([images] if layer.shape[0] > 3 else [])]
         return torch.autograd.grad(output, wanted, gradient, retain_graph=True)
 
     def forward() -> object:
-        return module(images)
+        return module(next(turns)[0])
 
     both: list[Callable[[], object]] = [forward, backward]
     forward_s, backward_s = (

@@ -57,7 +57,7 @@ def settings_of(
 
     Args:
         device: Where.
-        amps: Precisions; the first is measured in every way, the others in the plainest.
+        amps: Precisions; the first is measured in every way, the others plain and compiled.
         modes: Of torch.compile; none: nothing is compiled.
         graphs: CUDA graphs too.
         both_formats: Contiguous pictures and weights too, in the first precision, eager.
@@ -67,13 +67,12 @@ def settings_of(
     found = [plain]
     if both_formats:
         found.append(replace(plain, channels_last=False))
+    found += [replace(plain, amp=amp) for amp in amps[1:]]  # before what takes time to compile
     found += [replace(plain, compile=mode) for mode in first_mode]
     if graphs:
         found.append(replace(plain, graph=True))
         found += [replace(plain, compile=mode, graph=True) for mode in first_mode if own(mode)]
-    for amp in amps[1:]:
-        other = replace(plain, amp=amp)
-        found += [other, *(replace(other, compile=mode) for mode in first_mode)]
+    found += [replace(plain, amp=amp, compile=mode) for amp in amps[1:] for mode in first_mode]
     for mode in other_modes:
         found.append(replace(plain, compile=mode))
         if graphs and own(mode):
@@ -99,7 +98,9 @@ def build_all(
         makes: Library -> what makes its system.
         settings: In the order of their worth.
         limit_s: For one system; 0: none.
-        budget_s: Once so many seconds are spent, no more settings are begun; 0: no end.
+        budget_s: Once so many seconds are spent, no more settings are begun; 0: no end. Where the
+            first library is not ready within its limit, the others are not tried: they would
+            hardly be.
     """
     release()
     built, started = Built(), time.perf_counter()
@@ -109,11 +110,13 @@ def build_all(
         if setting.graph and pool is None:
             # Graphs run one after the other, so that they can work in the same memory.
             pool = torch.cuda.graph_pool_handle()
-        spent = time.perf_counter() - started
+        left_out = ""
+        if budget_s and time.perf_counter() - started > budget_s:
+            left_out = f"left out: {budget_s:g} s for making systems were spent"
         for library, make in makes.items():
             name = f"{library} {setting.kind}"
-            if budget_s and spent > budget_s:
-                built.failed[name] = f"left out: {budget_s:g} s for making systems were spent"
+            if left_out:
+                built.failed[name] = left_out
                 continue
             print(f"  {name}", file=sys.stderr)
             begun = time.perf_counter()
@@ -122,6 +125,8 @@ def build_all(
                     system, loss = ready(make, setting, pool)
             except Exception as error:  # of compilers, drivers and allocators: any type
                 built.failed[name] = reason(error)
+                if isinstance(error, TimeoutError) and library == next(iter(makes)):
+                    left_out = f"left out: {library} was not ready in time"
                 release()
                 continue
             built.systems[name] = system
@@ -189,10 +194,12 @@ def refuse_waits(system: System) -> None:
         RuntimeError: It waits.
     """
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         system.step(no_mark)
     except RuntimeError as error:
+        if "synchroniz" not in str(error):
+            raise
         raise RuntimeError(f"cannot be captured: it waits for the device ({error})") from None
     finally:
         torch.cuda.set_sync_debug_mode("default")
