@@ -12,6 +12,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
+import roofline
 import train_step
 from steps import matrix, measure
 from steps.report import systems_table
