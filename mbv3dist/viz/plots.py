@@ -23,6 +23,9 @@ _GREY = "#666666"
 _GRID = "#dddddd"
 _MAX_DOTS = 4000  # of a scatter plot
 _MAX_PANELS = 12
+_FEW = 12  # points up to which a line marks each: a single one would draw nothing
+_ENOUGH = 50  # records from which on a training loss may have its highest left off
+_USUAL = 0.95  # share of them that is shown in any case
 _METRICS = {
     "map": "mAP (IoU 0.50:0.95)",
     "map_50": "mAP@50",
@@ -260,19 +263,23 @@ def _plot_losses(axes: "Axes", train: Records, val: Records) -> None:
         color = _COLORS[number]
         x, y = _series(train, name)
         if x:
-            axes.plot(x, y, color=color, alpha=0.55, linewidth=1.2)
+            axes.plot(x, y, color=color, alpha=0.55, linewidth=1.2, **_marker(x))
         x, y = _series(val, name)
         if x:
             axes.plot(x, y, color=color, linewidth=1.8, marker="o", markersize=3.5)
         if len(parts) > 1:
             axes.plot([], [], color=color, linewidth=2.5, label=_LOSSES[name])
     if train:
-        axes.plot([], [], color=_GREY, alpha=0.7, linewidth=1.2, label="training")
+        style = _marker(_series(train, "loss")[0])
+        axes.plot([], [], color=_GREY, alpha=0.7, linewidth=1.2, label="training", **style)
     if val:
         axes.plot([], [], color=_GREY, marker="o", markersize=3.5, label="validation")
-    _focus(axes)
+    peak = _focus(
+        axes, [_series(train, name)[1] for name in parts], [_series(val, name)[1] for name in parts]
+    )
     axes.set_ylabel("loss (per positive anchor)" if len(parts) > 1 else "loss (cross-entropy)")
-    axes.set_title("Losses", fontsize=11)
+    title = "Losses" if peak is None else f"Losses (training's peak, {peak:.3g}, is cut off)"
+    axes.set_title(title, fontsize=11)
     _legend(axes)
 
 
@@ -292,7 +299,7 @@ def _plot_scores(axes: "Axes", val: Records) -> None:
 
 def _plot_lr(axes: "Axes", train: Records) -> None:
     x, y = _series(train, "lr")
-    axes.plot(x, y, color=_COLORS[2], linewidth=1.8)
+    axes.plot(x, y, color=_COLORS[2], linewidth=1.8, **_marker(x))
     axes.set_ylim(bottom=0)
     axes.ticklabel_format(axis="y", style="sci", scilimits=(-3, 3), useMathText=True)
     axes.set_ylabel("learning rate")
@@ -301,7 +308,7 @@ def _plot_lr(axes: "Axes", train: Records) -> None:
 
 def _plot_speed(axes: "Axes", train: Records) -> None:
     x, y = _series(train, "images_per_s")
-    axes.plot(x, y, color=_COLORS[0], linewidth=1.2)
+    axes.plot(x, y, color=_COLORS[0], linewidth=1.2, **_marker(x))
     axes.set_ylim(bottom=0)
     axes.set_ylabel("images / s, all processes")
     title = "Speed"
@@ -323,12 +330,34 @@ def _series(records: Records, name: str) -> tuple[list[float], list[float]]:
     return [x for x, _ in points], [y for _, y in points]
 
 
-def _focus(axes: "Axes") -> None:
-    """A loss's axis from 0, without the first records' peak that would flatten all the rest."""
-    values = sorted(float(y) for line in axes.lines for y in line.get_ydata())  # type: ignore[union-attr,arg-type]
-    if values:
-        usual = values[int(0.98 * (len(values) - 1))]
-        axes.set_ylim(0, 1.15 * usual if usual > 0 else 1.0)
+def _marker(points: Sequence[float]) -> dict[str, Any]:
+    """Style of a line that is made of few points: a ring at each."""
+    if len(points) > _FEW:
+        return {}
+    return {"marker": "o", "markersize": 4.5, "markerfacecolor": "white"}
+
+
+def _focus(
+    axes: "Axes", train: Sequence[Sequence[float]], val: Sequence[Sequence[float]]
+) -> float | None:
+    """A loss's axis from 0, without a peak of training that would flatten all the rest.
+
+    Of many records the few highest are left off if they are more than twice the rest; validation's
+    are few, and each is shown.
+
+    Returns:
+        The peak that is not on the axis; None: everything is.
+    """
+    peak = max((max(values) for values in train if values), default=0.0)
+    usual = 0.0
+    for values in train:
+        if values:
+            share = _USUAL if len(values) >= _ENOUGH else 1.0
+            usual = max(usual, sorted(values)[int(share * (len(values) - 1))])
+    highest = max((max(values) for values in val if values), default=0.0)
+    shown = max(usual if peak > 2 * usual else peak, highest)
+    axes.set_ylim(0, 1.15 * shown if shown > 0 else 1.0)
+    return peak if peak > 1.15 * shown else None
 
 
 def _legend(axes: "Axes") -> None:

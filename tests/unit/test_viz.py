@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
+from mbv3dist.viz import plots
 from mbv3dist.viz.draw import _place, class_color, contact_sheet, draw_boxes, draw_classes
 from mbv3dist.viz.plots import plot_class_scores, plot_training, read_metrics
 
@@ -175,6 +176,55 @@ def test_training_plot_with_little(tmp_path):
     plot_training([{"kind": "val", "step": 1, "epoch": 0.1, "top1": 0.5}], tmp_path / "val.png")
     with pytest.raises(ValueError, match="nothing to plot"):
         plot_training([], tmp_path / "none.png")
+
+
+@pytest.fixture
+def panels(monkeypatch):
+    """Make a plot, return its axes by title (its first word) instead of a picture."""
+    made = []
+    monkeypatch.setattr(plots, "_save", lambda figure, out: made.append(figure) or out)
+
+    def plot(rows):
+        plot_training(rows, "plot.png")
+        return {axes.get_title().split()[0]: axes for axes in made[-1].axes}
+
+    return plot
+
+
+def run_of(losses, *, kind="train"):
+    return [
+        {"kind": kind, "step": n, "epoch": n / 10, "loss": loss, "lr": 0.01, "images_per_s": 9.0}
+        for n, loss in enumerate(losses, start=1)
+    ]
+
+
+@pytest.mark.parametrize("count", [1, 3, 49])
+def test_everything_of_a_short_run_is_on_the_plot(panels, count):
+    train = [40.0, *[4.0] * (count - 1)]
+    shown = panels([*run_of(train), *run_of([7.246, 50.0], kind="val")])["Losses"]
+    for line in shown.lines:
+        assert all(0 <= y <= shown.get_ylim()[1] for y in line.get_ydata())
+    assert shown.get_title() == "Losses"
+
+
+@pytest.mark.parametrize(("count", "marked"), [(1, True), (3, True), (200, False)])
+def test_few_points_are_marked(panels, count, marked):
+    axes = panels(run_of([5.0] * count))
+    for name in ("Losses", "Learning", "Speed"):
+        (line,) = [line for line in axes[name].lines if len(line.get_xdata())]
+        assert (line.get_marker() != "None") == marked
+
+
+def test_a_peak_of_training_is_cut_but_never_validation(panels):
+    train = [900.0, 300.0, *[5.0 - n / 100 for n in range(198)]]
+    axes = panels(run_of(train))["Losses"]
+    assert axes.get_ylim()[1] < 10
+    assert axes.get_title() == "Losses (training's peak, 900, is cut off)"
+    axes = panels([*run_of(train), *run_of([80.0, 4.0], kind="val")])["Losses"]
+    assert 80 < axes.get_ylim()[1] < 100
+    axes = panels(run_of([8.0 - n / 25 for n in range(200)]))["Losses"]  # falls, without a peak
+    assert axes.get_ylim()[1] > 8
+    assert axes.get_title() == "Losses"
 
 
 def test_bad_metrics_files_are_named(tmp_path):
