@@ -146,7 +146,9 @@ def add_anchors(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", help="default: train, trainval or the only one")
     parser.add_argument("--recipe", help="YAML file: judge its anchors on its training view")
     parser.add_argument("--input-size", type=positive, help="canvas side in pixels; default: 320")
-    parser.add_argument("--out", default="anchors", help="folder for plots and anchors.json")
+    parser.add_argument(
+        "--out", metavar="DIR", help="folder for plots and anchors.json; default: write nothing"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 

@@ -1,7 +1,7 @@
 """`mbv3dist anchors`: how well anchors cover a data set's boxes, and which would do better.
 
 Boxes are looked at as the model meets them: moved by the views that training draws, with the
-recipe's seed, and by the plain resize of evaluation. No picture is decoded.
+recipe's seed, and by the plain resize of evaluation. No picture is decoded. With --out:
 
     OUT/anchors.json   every figure      OUT/shapes.png   widths and heights beside the anchors'
     OUT/coverage.png   best IoU of every class, before and after
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from mbv3dist.config import ModelConfig, TrainConfig, ViewConfig
+from mbv3dist.data.folders import check_folder, make_folder
 from mbv3dist.data.index import Split, training_split
 from mbv3dist.data.joined import open_splits
 from mbv3dist.data.reader import Reader
@@ -41,7 +42,7 @@ def judge_anchors(
     split: str | None = None,
     recipe: str | Path | None = None,
     input_size: int | None = None,
-    out: str | Path = "anchors",
+    out: str | Path | None = None,
 ) -> dict[str, Any]:
     """Judge a recipe's anchors, or torchvision's, on a data set's boxes, and propose better ones.
 
@@ -51,7 +52,7 @@ def judge_anchors(
         recipe: YAML file: its anchors, canvas and training view. None: torchvision's anchors at 320
             pixels, without augmentation.
         input_size: Side of the canvas in pixels; None: the recipe's.
-        out: Folder for plots and anchors.json.
+        out: Folder for plots and anchors.json; None: nothing is written.
 
     Returns:
         {data, split, pictures, input_size, view, epochs, classes, anchors: {NAME: {anchor_scales,
@@ -59,9 +60,12 @@ def judge_anchors(
         proposal: {anchor_scales, anchor_ratios}, files, lines}: `lines` is the text for people.
 
     Raises:
-        ValueError: No detection data set, a split without boxes, or a recipe of a classifier.
+        ValueError: No detection data set, a split without boxes, a recipe of a classifier, or `out`
+            is a file.
         OSError: A file cannot be read or written.
     """
+    if out is not None:
+        check_folder(out)  # now, not after all was computed
     config = None if recipe is None else load_config(recipe, ["--data.path", str(data)])
     if config is not None and config.task != "detection":
         raise ValueError(f"{recipe}: is a classifier's recipe; only detectors have anchors")
@@ -109,8 +113,9 @@ def judge_anchors(
         },
         "proposal": _numbers(sets["proposal"]),
     }
-    out = Path(out)
-    result["files"] = _write(out, result, sets, covers, seen, opened.classes)
+    result["files"] = (
+        [] if out is None else _write(make_folder(out), result, sets, covers, seen, opened.classes)
+    )
     return {**result, "lines": _report(result)}
 
 
@@ -271,7 +276,6 @@ def _write(
     classes: tuple[str, ...],
 ) -> list[str]:
     """Write anchors.json and the plots; return their paths."""
-    out.mkdir(parents=True, exist_ok=True)
     view, boxes = next(iter(seen.views.items()))  # the training view, if there is one
     judged = "recipe" if "recipe" in sets else "torchvision"
     shapes = {
@@ -325,7 +329,13 @@ def _report(result: dict[str, Any]) -> list[str]:
     lines += ["", *_map_lines(result["anchors"])]
     lines += ["", "proposal, for the section `model` of a recipe:"]
     lines += [f"  {key}: {value}" for key, value in result["proposal"].items()]
-    lines += [_gain(result["anchors"]), f"plots and figures: {', '.join(result['files'])}"]
+    lines.append(_gain(result["anchors"]))
+    files = ", ".join(result["files"])
+    lines.append(
+        f"plots and figures: {files}"
+        if files
+        else "nothing was written; --out DIR draws plots and saves every figure"
+    )
     return lines
 
 

@@ -180,14 +180,12 @@ def plot_anchor_shapes(
             text = classes[label] if label < len(_COLORS) else None
             x, y = dots.T
             axes.scatter(x, y, s=5, alpha=0.35, color=color, linewidths=0, label=text)
-        for k, cell in enumerate(maps):
+        for cell in maps:
             wide, high = zip(*cell, strict=True)
             axes.scatter(
                 wide, high, s=34, marker="s", facecolors="none", edgecolors="black", linewidths=1.0
             )
-            axes.annotate(
-                str(k + 1), cell[0], fontsize=7.5, xytext=(5, 3), textcoords="offset points"
-            )
+        _number_maps(axes, maps)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
@@ -254,6 +252,21 @@ def plot_coverage(
     if title:
         figure.suptitle(title, fontsize=12, fontweight="bold")
     return _save(figure, out)
+
+
+def _number_maps(axes: "Axes", maps: Sequence[Sequence[tuple[float, float]]]) -> None:
+    """Write maps' numbers right of their widest anchors, those that would meet as one text."""
+    texts: list[tuple[tuple[float, float], str]] = []
+    for k, cell in enumerate(maps):
+        place, text = max(cell), str(k + 1)
+        near = [
+            n for n, (other, _) in enumerate(texts) if math.dist(*np.log2((place, other))) < 0.3
+        ]
+        if near:
+            place, text = texts[near[0]][0], f"{texts.pop(near[0])[1]}, {text}"
+        texts.append((place, text))
+    for place, text in texts:
+        axes.annotate(text, place, fontsize=7.5, xytext=(6, -2.5), textcoords="offset points")
 
 
 def _plot_losses(axes: "Axes", train: Records, val: Records) -> None:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 
+from mbv3dist.cli import main
 from mbv3dist.convert.voc import convert_voc
 from mbv3dist.data.index import open_split
 from mbv3dist.data.joined import open_splits
@@ -27,6 +29,7 @@ from mbv3dist.ops.boxes import anchors_to_pixels, box_iou
 from mbv3dist.recipe import load_config
 from mbv3dist.tools.anchors import judge_anchors
 from mbv3dist.tools.drawn import make_drawn_dataset
+from mbv3dist.viz.plots import _number_maps
 
 STEPS_300 = (16.0, 32.0, 64.0, 100.0, 150.0, 300.0)
 
@@ -197,6 +200,36 @@ def test_without_a_recipe_torchvisions_anchors_on_plain_pictures(drawn, tmp_path
     assert views["evaluation"]["boxes"] == open_split(drawn, "val").num_boxes
     gained = result["anchors"]["proposal"]["views"]["evaluation"]
     assert gained["best_iou"] > views["evaluation"]["best_iou"]
+
+
+def test_nothing_is_written_unless_asked(drawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["anchors", str(drawn), "--split", "val"])
+    assert not list(tmp_path.iterdir())
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "nothing was written; --out DIR draws plots and saves every figure"
+    assert any(line.startswith("  anchor_scales: [") for line in lines)
+    main(["anchors", str(drawn), "--split", "val", "--json"])
+    assert json.loads(capsys.readouterr().out)["files"] == []
+
+
+def test_a_file_in_the_way_is_named_before_any_work(drawn, tmp_path, monkeypatch):
+    monkeypatch.setattr("mbv3dist.tools.anchors.open_splits", None)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--out .*file is a file; give a folder$"):
+        judge_anchors(drawn, split="val", out=tmp_path / "file")
+    with pytest.raises(ValueError, match=r"below: .*file is a file; give a folder$"):
+        judge_anchors(drawn, split="val", out=tmp_path / "file" / "below")
+    with pytest.raises(TypeError):  # a folder that can be made is not made before the work
+        judge_anchors(drawn, split="val", out=tmp_path / "folder")
+    assert not (tmp_path / "folder").exists()
+
+
+def test_maps_whose_anchors_meet_share_a_label():
+    axes = Figure().add_subplot()
+    _number_maps(axes, [[(20, 30), (30, 20)], [(320, 230), (230, 320)], [(320, 225), (1, 9)]])
+    assert [text.get_text() for text in axes.texts] == ["1", "2, 3"]
+    assert [text.xy for text in axes.texts] == [(30, 20), (320, 230)]
 
 
 def test_what_has_no_anchors_is_refused(drawn, classification_data, tmp_path):
