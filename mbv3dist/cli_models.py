@@ -26,6 +26,13 @@ def add_predict(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("sources", nargs="+", metavar="SOURCE", help="picture, folder or glob")
     parser.add_argument("--out", required=True, help="folder for pictures and predictions.json")
     parser.add_argument("--score-threshold", type=float, help="show detections above this score")
+    parser.add_argument(
+        "--on-error",
+        choices=["fail", "skip"],
+        default="fail",
+        help="pictures that cannot be read: name them and stop (default), or leave them out and "
+        "list them",
+    )
     parser.add_argument("--batch-size", type=positive, default=8)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -64,6 +71,7 @@ def run_eval(args: argparse.Namespace) -> None:
 def run_predict(args: argparse.Namespace) -> None:
     """Find or name what is in pictures."""
     from mbv3dist.inference.predict import predict
+    from mbv3dist.inference.sources import problem_lines
 
     with Progress("predicting") as progress:
         result = predict(
@@ -73,12 +81,15 @@ def run_predict(args: argparse.Namespace) -> None:
             score_threshold=args.score_threshold,
             batch_size=args.batch_size,
             device=args.device,
+            on_error=args.on_error,
             progress=progress,
         )
     if args.json:
         print_json(result)
-    else:
-        print(f"{len(result['pictures'])} picture(s) and predictions.json in {args.out}")
+        return
+    print(f"{len(result['pictures'])} picture(s) and predictions.json in {args.out}")
+    for line in problem_lines({item["file"]: item["reason"] for item in result["skipped"]}):
+        print(f"left out: {line}")
 
 
 def add_import(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,6 @@ Pictures go through the views and the decoder that evaluation uses, so that a pi
 same detections in both. From Python, `detect` and `classify` take pictures that are in memory.
 """
 
-import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,9 +20,17 @@ from mbv3dist.config import ViewConfig
 from mbv3dist.data.decode import Picture
 from mbv3dist.data.draws import Draws
 from mbv3dist.data.files import MAX_PICTURE_BYTES, read_bounded
+from mbv3dist.data.folders import check_folder, make_folder
 from mbv3dist.data.views import View, make_view
 from mbv3dist.inference.in_memory import ImageLike, encoded, is_float_picture
-from mbv3dist.inference.sources import drawing_names, find_pictures
+from mbv3dist.inference.results import Answer, answer_entry, draw_answer, write_json
+from mbv3dist.inference.sources import (
+    drawing_names,
+    find_pictures,
+    header_problems,
+    unreadable_error,
+    why,
+)
 from mbv3dist.models.directory import LoadedModel, ModelSpec
 from mbv3dist.models.onnx_model import load_any_model
 from mbv3dist.models.preprocess import (
@@ -36,7 +43,6 @@ from mbv3dist.models.preprocess import (
 )
 from mbv3dist.models.preprocess_whole import whole_input
 from mbv3dist.ops.nms import Detections
-from mbv3dist.viz.draw import draw_boxes, draw_classes
 
 DISPLAY_THRESHOLD = 0.3  # below this, most detections are noise to a person
 PREDICTIONS_FILE = "predictions.json"
@@ -55,6 +61,7 @@ def predict(
     device: str = "auto",
     top: int = 5,
     draw: bool = True,
+    on_error: str = "fail",
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Find or name what is in pictures, draw it, and write predictions.json.
@@ -69,41 +76,60 @@ def predict(
         device: auto, cpu, cuda or cuda:N.
         top: Classifiers: answers per picture.
         draw: Whether to draw pictures.
+        on_error: Pictures that cannot be read: `fail` names all whose header shows it before the
+            model is loaded or anything written, and stops at one found while decoding; `skip`
+            leaves them out.
         progress: Called with (pictures done, pictures).
 
     Returns:
-        The content of predictions.json, {pictures: [...]} with {file, width, height, drawing,
-        detections: [{label, score, box: [x1, y1, x2, y2]}]} each, boxes in pixels of the upright
-        picture, 0-based, half-open; a classifier gives top: [{label, score}] instead of
-        detections, best first. `drawing` is a file name in `out`, or None.
+        The content of predictions.json, {pictures: [...], skipped: [{file, reason}]}. Each picture
+        has {file, width, height, drawing, detections: [{label, score, box: [x1, y1, x2, y2]}]},
+        boxes in pixels of the upright picture, 0-based, half-open; a classifier gives top:
+        [{label, score}] instead of detections, best first. `drawing` is a file
+        name in `out`, or None.
 
     Raises:
         ValueError: No picture was found, one cannot be read, or `out` would overwrite one.
     """
-    loaded = model if isinstance(model, LoadedModel) else load_any_model(model)
+    assert on_error in ("fail", "skip")
     if score_threshold is not None and not 0.0 <= score_threshold < 1.0:
         raise ValueError(f"--score-threshold {score_threshold}: give a number from 0 to below 1")
     if batch_size < 1 or top < 1:
         raise ValueError(f"batch size {batch_size} and top {top} must be at least 1")
+    out = Path(out)
+    check_folder(out)
+    found = find_pictures(sources, out=out)
+    bad = header_problems(found)
+    if bad and on_error == "fail":
+        raise unreadable_error(bad)
+    loaded = model if isinstance(model, LoadedModel) else load_any_model(model)
     runner = _Runner(loaded.model, loaded.spec, device=choose_device(device))
     if score_threshold is None and loaded.spec.thresholds is not None:
         score_threshold = max(DISPLAY_THRESHOLD, loaded.spec.thresholds.score)
-    out = Path(out)
-    files = find_pictures(sources, out=out)
+    files = [path for path in found if path not in bad]
     names: Sequence[str | None] = drawing_names(files) if draw else [None] * len(files)
-    _make_folder(out)
     entries: list[dict[str, Any]] = []
     with ThreadPoolExecutor(max_workers=min(batch_size, os.cpu_count() or 1)) as pool:
         for first in range(0, len(files), batch_size):
             group = files[first : first + batch_size]
             prepared = list(pool.map(lambda path: runner.prepare_file(path, keep=draw), group))
-            answers = runner.run(prepared, score_threshold=score_threshold, top=top)
-            jobs = list(zip(group, names[first:], prepared, answers, strict=False))
-            entries += pool.map(lambda job: _finish(*job, spec=loaded.spec, out=out), jobs)
+            damaged = {p: x for p, x in zip(group, prepared, strict=True) if isinstance(x, str)}
+            if damaged and on_error == "fail":
+                raise unreadable_error(damaged)
+            bad |= damaged
+            whole = [item for item in prepared if isinstance(item, _Prepared)]
+            if whole:
+                make_folder(out)
+                answers = runner.run(whole, score_threshold=score_threshold, top=top)
+                kept = [job for job in zip(group, names[first:], strict=False) if job[0] not in bad]
+                jobs = list(zip(kept, whole, answers, strict=True))
+                entries += pool.map(lambda job: _finish(*job, spec=loaded.spec, out=out), jobs)
             if progress is not None:
-                progress(len(entries), len(files))
-    result = {"pictures": entries}
-    _write_json(out / PREDICTIONS_FILE, result)
+                progress(first + len(group), len(files))
+    skipped = [{"file": path.as_posix(), "reason": bad[path]} for path in found if path in bad]
+    result = {"pictures": entries, "skipped": skipped}
+    make_folder(out)
+    write_json(out / PREDICTIONS_FILE, result)
     return result
 
 
@@ -229,11 +255,12 @@ class _Runner:
             raise ValueError(f"{spec.architecture} is a {spec.task} model; use {name}() with it")
         return cls(module, spec)
 
-    def prepare_file(self, path: Path, *, keep: bool) -> _Prepared:
+    def prepare_file(self, path: Path, *, keep: bool) -> _Prepared | str:
+        """Decode a file; the reason, if it cannot be read."""
         try:
             return self.prepare(read_bounded(path, MAX_PICTURE_BYTES), keep=keep)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}; repair or remove this picture") from error
+        except (ValueError, OSError) as error:
+            return why(error)
 
     def prepare(self, data: bytes, *, keep: bool = False) -> _Prepared:
         """Decode a file's bytes as evaluation does."""
@@ -311,47 +338,25 @@ class _Runner:
 
 
 def _finish(
-    path: Path,
-    name: str | None,
+    job: tuple[Path, str | None],
     item: _Prepared,
-    answer: PictureDetections | list[tuple[str, float]],
+    answer: Answer,
     *,
     spec: ModelSpec,
     out: Path,
 ) -> dict[str, Any]:
     """Draw one picture's answer into `out` and return its entry of predictions.json."""
-    entry: dict[str, Any] = {
+    path, name = job
+    if name is not None:
+        assert item.whole is not None
+        draw_answer(item.whole, answer, spec.classes).save(out / name, quality=92, subsampling=0)
+    return {
         "file": path.as_posix(),
         "width": item.width,
         "height": item.height,
         "drawing": name,
+        **answer_entry(answer, spec.classes),
     }
-    if isinstance(answer, PictureDetections):
-        entry["detections"] = [
-            {"label": spec.classes[label], "score": round(score, 6), "box": box}
-            for label, score, box in zip(
-                answer.labels.tolist(),
-                answer.scores.tolist(),
-                answer.boxes.astype(np.float64).round(3).tolist(),
-                strict=True,
-            )
-        ]
-    else:
-        entry["top"] = [{"label": label, "score": round(score, 6)} for label, score in answer]
-    if name is not None:
-        assert item.whole is not None
-        if isinstance(answer, PictureDetections):
-            drawn = draw_boxes(
-                item.whole,
-                answer.boxes,
-                answer.labels.tolist(),
-                classes=spec.classes,
-                scores=answer.scores.tolist(),
-            )
-        else:
-            drawn = draw_classes(item.whole, answer)
-        drawn.save(out / name, quality=92, subsampling=0)
-    return entry
 
 
 def _groups(images: Iterable[ImageLike], batch_size: int) -> Iterator[list[ImageLike]]:
@@ -364,18 +369,3 @@ def _groups(images: Iterable[ImageLike], batch_size: int) -> Iterator[list[Image
             group = []
     if group:
         yield group
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise ValueError(f"--out {out} is a file; give a folder") from None
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write the file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -1,10 +1,17 @@
-"""Which pictures a prediction is about, and under which names their drawings are written."""
+"""Which pictures a prediction is about, which cannot be read, and the names of their drawings."""
 
 import glob
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from mbv3dist.data.decode import check_header
 from mbv3dist.data.formats import PICTURE_SUFFIXES, is_picture
+from mbv3dist.messages import one_line
+
+MAX_NAMED = 50  # unreadable pictures in a message
+_CURE = "mend {0}, or leave {0} out with --on-error skip"
 
 
 def find_pictures(sources: Sequence[str | Path], *, out: Path) -> list[Path]:
@@ -45,6 +52,43 @@ def find_pictures(sources: Sequence[str | Path], *, out: Path) -> list[Path]:
                 "give a folder of its own"
             )
     return list(found.values())
+
+
+def header_problems(files: Sequence[Path]) -> dict[Path, str]:
+    """Pictures whose header shows that they cannot be read, with the reason; nothing is decoded."""
+
+    def look(path: Path) -> str | None:
+        try:
+            check_header(path)
+        except (ValueError, OSError) as error:
+            return why(error)
+        return None
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        found = zip(files, pool.map(look, files), strict=True)
+        return {path: reason for path, reason in found if reason is not None}
+
+
+def why(error: Exception) -> str:
+    """The reason of an error that reading a picture raised, without the file's name."""
+    known = isinstance(error, OSError) and error.strerror
+    return one_line(known or str(error) or type(error).__name__)
+
+
+def problem_lines(problems: Mapping[str, str]) -> list[str]:
+    """A line for each file and its reason, bounded in number and length."""
+    named = [f"{one_line(file, 1000)}: {reason}" for file, reason in problems.items()]
+    rest = len(named) - MAX_NAMED
+    return named[:MAX_NAMED] + ([f"and {rest} more"] if rest > 0 else [])
+
+
+def unreadable_error(problems: Mapping[Path, str]) -> ValueError:
+    """One error that names all these pictures and the cure; one line for a single picture."""
+    lines = problem_lines({str(path): reason for path, reason in problems.items()})
+    if len(problems) == 1:
+        return ValueError(f"{lines[0]}; {_CURE.format('it')}")
+    head = f"{len(problems)} pictures cannot be read:"
+    return ValueError("\n  ".join([head, *lines]) + f"\n{_CURE.format('them')}")
 
 
 def drawing_names(files: Sequence[Path]) -> list[str]:

@@ -203,8 +203,14 @@ def test_a_picture_that_is_none_is_named_by_predict(classification_recipe, tmp_p
     words = ["predict", model, tmp_path / "nowhere" / "*.jpg", "--out", tmp_path / "seen"]
     assert "nowhere" in fails(capfd, *words)
     Image.new("RGB", (40, 30), (220, 50, 40)).save(tmp_path / "red.png")
-    main(["predict", str(model), str(tmp_path / "red.png"), "--out", str(tmp_path / "s"), "--json"])
+    words = [str(model), f"{tmp_path}/*.*g", "--out", str(tmp_path / "s"), "--on-error", "skip"]
+    main(["predict", *words])
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0].startswith("1 picture(s) and predictions.json in ")
+    assert lines[1].startswith(f"left out: {tmp_path}/notes.jpg: not a picture")
+    main(["predict", *words, "--json"])
     answer = json.loads(capfd.readouterr().out)
+    assert [item["file"] for item in answer["skipped"]] == [f"{tmp_path}/notes.jpg"]
     assert [len(picture["top"]) for picture in answer["pictures"]] == [3]
 
 

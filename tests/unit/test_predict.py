@@ -14,7 +14,12 @@ from mbv3dist.data.reader import Reader
 from mbv3dist.evaluation.detection import DetectionEvaluator
 from mbv3dist.evaluation.run import evaluate
 from mbv3dist.inference.predict import choose_device, classify, detect, predict
-from mbv3dist.inference.sources import drawing_names, find_pictures
+from mbv3dist.inference.sources import (
+    MAX_NAMED,
+    drawing_names,
+    find_pictures,
+    unreadable_error,
+)
 from mbv3dist.models.directory import LoadedModel, load_model, model_from_spec, new_spec, save_model
 
 CLASSES = ("blue", "green", "red")
@@ -281,12 +286,76 @@ def test_unreadable_pictures_are_named(detector, pictures, tmp_path):
         assert "\n" not in str(error.value)
 
 
+@pytest.fixture
+def damaged(pictures):
+    """The tree of `pictures` with four that cannot be read; cut.jpg only shows it when decoded."""
+    good = (pictures / "a" / "one.jpg").read_bytes()
+    (pictures / "a" / "cut.jpg").write_bytes(good[: len(good) // 2])
+    (pictures / "a" / "empty.jpg").write_bytes(b"")
+    (pictures / "b" / "text.png").write_text("no picture")
+    bomb = b"BM" + bytes(12) + (40).to_bytes(4, "little") + 2 * (60_000).to_bytes(4, "little")
+    (pictures / "b" / "vast.bmp").write_bytes(bomb + b"\1\0\x18\0" + bytes(24))
+    return pictures
+
+
+def test_all_bad_headers_are_named_before_the_model_is_loaded(damaged, tmp_path):
+    with pytest.raises(ValueError, match="3 pictures cannot be read") as error:
+        predict(tmp_path / "no model", [damaged], tmp_path / "out")
+    lines = str(error.value).splitlines()
+    for name, line in zip(("empty.jpg", "text.png", "vast.bmp"), lines[1:-1], strict=True):
+        assert f"{name}: " in line
+    assert "--on-error skip" in lines[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_picture_found_bad_while_decoding_ends_the_run(detector, damaged, tmp_path):
+    with pytest.raises(ValueError, match=r"cut\.jpg: .*--on-error skip") as error:
+        predict(detector, [damaged / "a" / "cut.jpg"], tmp_path / "new")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_bad_pictures_are_left_out_and_listed(detector, damaged, tmp_path, batch_size):
+    done = []
+    result = predict(
+        detector,
+        [damaged],
+        tmp_path / "out",
+        on_error="skip",
+        batch_size=batch_size,
+        progress=lambda *counts: done.append(counts),
+    )
+    assert json.loads((tmp_path / "out" / "predictions.json").read_text()) == result
+    skipped = [os.path.basename(item["file"]) for item in result["skipped"]]
+    assert skipped == ["cut.jpg", "empty.jpg", "text.png", "vast.bmp"]
+    assert all(item["reason"] and "\n" not in item["reason"] for item in result["skipped"])
+    assert "limit" in result["skipped"][-1]["reason"]
+    assert done[-1] == (5, 5)
+    good = ("a/one.jpg", "a/two.PNG", "b/deep/One.jpeg", "b/one.jpg")
+    assert [e["file"] for e in result["pictures"]] == [(damaged / g).as_posix() for g in good]
+    alone = predict(detector, [damaged / name for name in good], tmp_path / "alone")
+    assert alone["skipped"] == []
+    assert alone["pictures"] == result["pictures"]  # each with its own answer and drawing
+
+
+def test_messages_about_bad_pictures_are_bounded(tmp_path):
+    problems = {tmp_path / f"{n}\x1b[2J\n.jpg": "it is cut off" for n in range(1000)}
+    lines = str(unreadable_error(problems)).splitlines()
+    assert len(lines) == MAX_NAMED + 3
+    assert lines[0] == "1000 pictures cannot be read:"
+    assert lines[-2] == f"  and {1000 - MAX_NAMED} more"
+    assert not any("\x1b" in line for line in lines)
+
+
 def test_wrong_usage_is_one_line(detector, pictures, tmp_path):
     with pytest.raises(ValueError, match=r"--score-threshold 1\.5"):
         predict(detector, [pictures], tmp_path / "out", score_threshold=1.5)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="is a file"):
+    with pytest.raises(ValueError, match=r"file is a file; give a folder$"):
         predict(detector, [pictures], tmp_path / "file")
+    with pytest.raises(ValueError, match=r"--out /proc/x: this folder cannot be made .*; give"):
+        predict(detector, [pictures], "/proc/x")
     with pytest.raises(ValueError, match="--device nonsense"):
         choose_device("nonsense")
     assert choose_device("cpu") == torch.device("cpu")
