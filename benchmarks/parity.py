@@ -62,15 +62,19 @@ def find_pictures(folders: Sequence[Path], count: int, work: Path) -> list[Path]
     """Return `count` pictures, evenly from all that the folders hold; drawn without folders.
 
     Raises:
-        ValueError: There are too few.
+        ValueError: A folder is missing, or there are too few.
     """
     if not folders:
         return [_draw(work / f"{number:03d}.png", number) for number in range(count)]
+    missing = [str(folder) for folder in folders if not folder.is_dir()]
+    if missing:
+        raise ValueError(f"{', '.join(missing)}: no such folder; give folders of pictures")
     found = sorted(
         path for folder in folders for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES
     )
     if len(found) < count:
-        raise ValueError(f"{len(found)} pictures in the folders, --pictures {count} are wanted")
+        where = ", ".join(map(str, folders))
+        raise ValueError(f"{where}: {len(found)} pictures, --pictures {count} are wanted")
     return [found[place] for place in np.linspace(0, len(found) - 1, count).round().astype(int)]
 
 

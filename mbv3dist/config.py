@@ -264,7 +264,7 @@ def check_config(config: TrainConfig) -> None:
     both = bool(data.weights) and data.balance_classes
     require(not both, "data.balance_classes", True, "choose it or --data.weights, not both")
     require(optim.lr > 0, "optim.lr", optim.lr, "must be above 0")
-    longest = f"must be below --epochs {config.epochs}"
+    longest = f"must be below --epochs {config.epochs}; --optim.warmup_epochs 0 turns warm-up off"
     require(
         optim.warmup_epochs < config.epochs, "optim.warmup_epochs", optim.warmup_epochs, longest
     )

@@ -121,7 +121,7 @@ def check_problems(
     """Raise if there is bad input that must not be skipped, and report it beside the data set."""
     if conversion.options.on_error != "fail":
         return
-    reports = {}
+    reports: dict[Path | str, list[Problem]] = {}
     for name, (problems, counts) in found.items():
         path = failure_path(conversion.out, name, part)
         if problems:

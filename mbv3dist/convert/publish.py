@@ -72,7 +72,7 @@ def find_finished(
         if is_whole(split):
             reports[name] = report
     if options.on_error == "fail":
-        raise_problems({Path(report.report): report.problems for report in reports.values()})
+        raise_problems({report.report: report.problems for report in reports.values()})
     # One of two splits may be missing after a kill.
     return reports if len(reports) == len(jobs) else None
 
@@ -99,16 +99,16 @@ def is_whole(split: Split) -> bool:
     return (split.root / f"{split.name}.sources.tsv").is_file()
 
 
-def raise_problems(problems: Mapping[Path, Sequence[Problem]]) -> None:
+def raise_problems(problems: Mapping[Path | str, Sequence[Problem]]) -> None:
     """Raise one error for the problems of all splits, if there are any.
 
     Raises:
-        ConversionError: naming the problems and, of the report files that are the keys, those
-            that list them.
+        ConversionError: naming the problems and, of the report files that are the keys (paths or
+            URLs), those that list them.
     """
     found = [problem for items in problems.values() for problem in items]
     if found:
-        raise ConversionError(found, ", ".join(path.name for path, p in problems.items() if p))
+        raise ConversionError(found, ", ".join(str(path) for path, p in problems.items() if p))
 
 
 def report_path(out: Path, split: str) -> Path:

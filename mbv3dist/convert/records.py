@@ -80,7 +80,7 @@ class ConversionError(ValueError):
 
     Attributes:
         problems: All of them.
-        report: Names of the files in the data set's folder that list them.
+        report: Paths, or URLs, of the files that list them.
     """
 
     def __init__(self, problems: Sequence[Problem], report: str) -> None:

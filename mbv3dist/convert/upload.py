@@ -118,7 +118,9 @@ def find_published(
             if report is not None:
                 reports[job.split] = report
     if options.on_error == "fail":
-        raise_problems({Path(f"{name}.report.json"): r.problems for name, r in reports.items()})
+        raise_problems(
+            {remote.shown(f"{name}.report.json"): r.problems for name, r in reports.items()}
+        )
     return reports if len(reports) == len(jobs) else None
 
 

@@ -132,14 +132,21 @@ def save_model(model: nn.Module, spec: ModelSpec, path: str | Path) -> None:
 
     Raises:
         ValueError: if something that is no model directory is in the way.
+        OSError: if it cannot be written.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() and (_is_model(path) or not any(path.iterdir()))):
         raise ValueError(f"model directory: {path} exists and is no model; give another path")
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     assert not any(k.startswith(("module.", "_orig_mod.")) for k in tensors), "unwrap the model"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise OSError(
+            f"model directory: {path} cannot be made ({error.strerror}); "
+            "give a path in a folder that can be written"
+        ) from None
     try:
         new, old = work / "new", work / "old"
         new.mkdir()

@@ -91,7 +91,7 @@ def draw_boxes(
     for i in ranked:
         text = classes[labels[i]]
         if scores is not None:
-            text = f"{text} {100 * scores[i]:.0f}%"
+            text = f"{text} {_percent(scores[i])}"
         text, size = _fitted(text, font, canvas.width)
         others = [spot for _, _, spot in placed]
         placed.append((i, text, _place(rectangles[i], size, canvas.size, others)))
@@ -119,7 +119,7 @@ def draw_classes(
     canvas, _ = _enlarged(picture, min_side)
     font = _font(_type_size(canvas.size, 0))
     pad = _padding(font)
-    lines = [_fitted(f"{100 * score:.0f}%  {name}", font, canvas.width) for name, score in top]
+    lines = [_fitted(f"{_percent(score)}  {name}", font, canvas.width) for name, score in top]
     height = _line_height(font)
     lines = lines[: max(1, canvas.height // height)]
     if lines:
@@ -133,6 +133,13 @@ def draw_classes(
             middle = row * height + height / 2
             brush.text((pad, middle), text, fill=shade, font=font, anchor="lm")
     return canvas
+
+
+def _percent(score: float) -> str:
+    """A score in [0, 1] as text; small ones keep a digit, so that none reads as nothing."""
+    if 0 < score < 0.0005:
+        return "<0.1%"
+    return f"{100 * score:.{1 if 0 < score < 0.01 else 0}f}%"
 
 
 def contact_sheet(

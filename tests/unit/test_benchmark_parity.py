@@ -61,6 +61,8 @@ def test_a_difference_is_noticed(parity, capsys, monkeypatch: pytest.MonkeyPatch
 
 def test_too_few_pictures_are_one_line(parity, capsys, tmp_path: Path) -> None:
     assert parity.main([str(tmp_path)]) == 2
-    assert "0 pictures" in capsys.readouterr().err
+    assert f"{tmp_path}: 0 pictures" in capsys.readouterr().err
+    assert parity.main([str(tmp_path), str(tmp_path / "absent")]) == 2
+    assert f"parity: {tmp_path / 'absent'}: no such folder" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         parity.main(["--models", "resnet50"])

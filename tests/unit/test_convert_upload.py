@@ -280,7 +280,7 @@ def test_bad_input_is_not_sent(source, server, tmp_path, objects):
     convert(broken, work=tmp_path / "work", on_error="skip")
     report = json.loads(objects()["train.report.json"])
     assert report["counts"] == {"kept": NUM_PICTURES - 1, "problems_bad_picture": 1}
-    with pytest.raises(ConversionError, match=r"listed in train.report.json"):
+    with pytest.raises(ConversionError, match=r"listed in s3://.*/train\.report\.json\)"):
         convert(broken)
 
 

@@ -104,6 +104,13 @@ def test_a_folder_that_is_no_model_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (Path("/proc/x"), tmp_path / "file" / "model"):
+        with pytest.raises(OSError, match=f"model directory: {path} cannot be made .*; give"):
+            save_model(model_from_spec(CLASSIFIER), CLASSIFIER, path)
+
+
 def test_defaults_follow_the_task_and_the_weights() -> None:
     detector = new_spec("ssdlite_mobilenetv3_large", ["a"])
     assert (detector.input_size, detector.reduced_tail, detector.bn_eps) == (320, True, 1e-3)

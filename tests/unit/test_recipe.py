@@ -50,7 +50,7 @@ def test_lists_none_and_booleans(recipe):
         (["--optim.name", "sdg"], ["optim.name", "sgd|adam"]),
         (["--data.view.name", "random_crop"], ["data.view.name", "ssd"]),
         (["--epochs", "0"], ["epochs", "at least 1"]),
-        (["--optim.warmup_epochs", "3"], ["warmup_epochs", "below"]),
+        (["--optim.warmup_epochs", "3"], ["warmup_epochs", "below", "--optim.warmup_epochs 0"]),
         (["--data.view", "3"], ["data.view", "section"]),
         (["--compile", "1"], ["compile", "bool"]),
     ],

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageChops
 
-from mbv3dist.viz import plots
+from mbv3dist.viz import draw, plots
 from mbv3dist.viz.draw import _place, class_color, contact_sheet, draw_boxes, draw_classes
 from mbv3dist.viz.plots import plot_class_scores, plot_training, read_metrics
 
@@ -108,6 +108,19 @@ def test_long_names_are_cut():
     assert 0 <= left < right <= 120
     drawn = draw_classes(before, [(long[0], 0.5), ("x", 0.1)])
     assert changed(drawn, before)[2] <= 120
+
+
+@pytest.mark.parametrize(
+    ("score", "text"),
+    [(1, "100%"), (0.87, "87%"), (0.01, "1%"), (0.0042, "0.4%"), (0.0001, "<0.1%"), (0, "0%")],
+)
+def test_small_scores_keep_a_digit(score, text, monkeypatch):
+    written = []
+    fitted = draw._fitted
+    monkeypatch.setattr(draw, "_fitted", lambda t, *rest: written.append(t) or fitted(t, *rest))
+    draw_classes(blank(), [("cat", score)])
+    draw_boxes(blank(), [[5, 5, 50, 50]], [0], classes=CLASSES, scores=[score])
+    assert written == [f"{text}  cat", f"class0 {text}"]
 
 
 def test_class_lines_do_not_leave_a_low_picture():
