@@ -156,3 +156,26 @@ def test_a_report_is_logged_to_wandb(monkeypatch, tmp_path, capsys):
     (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     stored = run.read_bytes()
     assert b"sections/a/ratio" in stored and b"abc" in stored and b"speed" in stored
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("", "is a folder; give a file"), ("none/out.json", "does not exist; make it first")],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
+    name, reason, tmp_path, capsys
+):
+    parse = harness.parser("x", rounds=1).parse_args
+    place = f"{tmp_path}/{name}"
+    with pytest.raises(SystemExit) as stopped:
+        harness.run("x", ["--json", place], parse=parse, measure=pytest.fail, report_text=str)
+    assert stopped.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_saved_is_printed_all_the_same(tmp_path, capsys):
+    args = harness.parser("x", rounds=1).parse_args(["--json", str(tmp_path / "out.json")])
+    args.json = tmp_path  # became unwritable while it was measured
+    words = {"parse": lambda _: args, "measure": lambda _: {"benchmark": "x"}, "report_text": str}
+    assert harness.run("x", [], **words) == 2
+    assert json.loads(capsys.readouterr().out) == {"benchmark": "x"}
