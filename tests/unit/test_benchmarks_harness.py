@@ -154,8 +154,11 @@ def test_a_report_is_logged_to_wandb(monkeypatch, tmp_path, capsys):
     harness.finish(report, "# x", args)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == report
     (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    stored = run.read_bytes()
-    assert b"sections/a/ratio" in stored and b"abc" in stored and b"speed" in stored
+    wanted = (b"sections/a/ratio", b"abc", b"speed")
+    deadline = time.monotonic() + 60
+    while missing := [word for word in wanted if word not in run.read_bytes()]:
+        assert time.monotonic() < deadline, missing  # wandb's own process writes it
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize(
