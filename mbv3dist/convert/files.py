@@ -16,10 +16,19 @@ from mbv3dist.data.files import (
     MAX_PICTURE_BYTES,
     UnusableFileError,
     open_regular,
+    open_sized,
     read_bounded,
+    read_open,
 )
 
-__all__ = ["MAX_PICTURE_BYTES", "UnusableFileError", "open_regular", "read_bounded"]
+__all__ = [
+    "MAX_PICTURE_BYTES",
+    "UnusableFileError",
+    "open_regular",
+    "open_sized",
+    "read_bounded",
+    "read_open",
+]
 
 MAX_XML_BYTES = 8 * 1024 * 1024
 MAX_LIST_BYTES = 256 * 1024 * 1024
