@@ -41,7 +41,7 @@ from mbv3dist.convert.pictures import (
 )
 from mbv3dist.convert.pixels import jpeg_bytes, pixels_at, raw_bytes, shrink
 from mbv3dist.convert.records import Box, Problem, Record, Settings
-from mbv3dist.convert.structure import END_MARKER
+from mbv3dist.convert.structure import END_MARKER, PlainHeader
 from mbv3dist.data.formats import PictureError
 
 _HEAD_BYTES = 4 * 1024  # holds most headers
@@ -203,39 +203,37 @@ def _prepare(request: Request, settings: Settings, result: Prepared) -> None:
 
 
 def _open(path: str, settings: Settings, result: Prepared) -> Picture:
-    """Return a picture after reading no more of its file than must be."""
+    """Return a picture after reading no more than the header if it is only to be copied.
+
+    Packing does the rest then.
+    """
+    head, header = b"", None
     file, num_bytes = open_sized(path)
     try:
-        picture = _look_at(file, num_bytes, settings, result)
-        if picture is None:
-            data = read_open(file, num_bytes, MAX_PICTURE_BYTES)
-            result.file_bytes = len(data)
-            picture = open_picture(data)
+        if settings.format == "jpeg" and settings.label_from in ("folder", "boxes"):
+            head, header = _read_header(file, num_bytes)
+        if header is not None and settings.final_size(header.size) == header.size:
+            result.file_bytes, result.file_crc = num_bytes, zlib.crc32(head[: header.scan])
+            result.scan, result.has_restarts = header.scan, header.has_restarts
+            return clean_picture(header)
+        data = read_open(file, num_bytes, MAX_PICTURE_BYTES)
     finally:
         os.close(file)
-    return picture
+    result.file_bytes = len(data)
+    return open_picture(data, header if data.startswith(head) else None)
 
 
-def _look_at(file: int, num_bytes: int, settings: Settings, result: Prepared) -> Picture | None:
-    """Return a picture that is only to be copied, after reading its header: packing does the rest.
-
-    None if more must be read to tell.
-    """
-    if settings.format != "jpeg" or settings.label_from not in ("folder", "boxes"):
-        return None
+def _read_header(file: int, num_bytes: int) -> tuple[bytes, PlainHeader | None]:
+    """Return the beginning of a file, and its header if its bytes can be kept so far."""
     head = os.pread(file, _HEAD_BYTES, 0)
     end = head[-2:] if len(head) == num_bytes else os.pread(file, 2, max(num_bytes - 2, 0))
     if end != END_MARKER or num_bytes > MAX_PICTURE_BYTES:
-        return None  # cut off, most likely: that is better said before anything is packed
+        return head, None  # cut off, most likely: that is better said before anything is packed
     header = clean_header(head)
     if header is None and len(head) < num_bytes:
         head = os.pread(file, _LONG_HEAD_BYTES, 0)
         header = clean_header(head)
-    if header is None or settings.final_size(header.size) != header.size:
-        return None
-    result.file_bytes, result.file_crc = num_bytes, zlib.crc32(head[: header.scan])
-    result.scan, result.has_restarts = header.scan, header.has_restarts
-    return clean_picture(header)
+    return head, header
 
 
 def _add_picture(picture: Picture, label: int, settings: Settings, result: Prepared) -> None:
