@@ -14,11 +14,13 @@ from __future__ import annotations
 import io
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mbv3dist.inference.check import check_export
 from mbv3dist.inference.describe import describe_input, describe_outputs
@@ -108,7 +110,12 @@ def export_onnx(
 
     out = Path(out)
     model = make_onnx(loaded, raw=raw)
-    check = check_export(runner(model, source=str(out)), loaded, source=str(out))
+    check = check_export(
+        runner(model, source=str(out)),
+        loaded,
+        source=str(out),
+        libraries="torch, onnx and onnxruntime",
+    )
     facts, more = None, []
     if int8 is not None:
         from mbv3dist.inference.quantize import quantize
@@ -142,12 +149,7 @@ def export_torch(loaded: LoadedModel, out: str | Path, *, raw: bool = False) -> 
     buffer.seek(0)
     module = torch.export.load(buffer).module()
 
-    def run(canvas: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad():
-            values = module(canvas)
-        return dict(zip(outputs, (values,) if isinstance(values, Tensor) else values, strict=True))
-
-    check = check_export(run, loaded, source=str(out))
+    check = check_export(_runner(module, list(outputs)), loaded, source=str(out), libraries="torch")
     write_whole(out, buffer.getvalue())
     more = []
     if "boxes" in outputs:
@@ -188,6 +190,31 @@ class _Answers(nn.Module):
             thresholds.topk_candidates,
             thresholds.max_detections,
         )
+
+
+def _runner(module: nn.Module, names: list[str]) -> Callable[[Tensor], dict[str, Tensor]]:
+    """What runs a program and gives its outputs and its network's, by name."""
+
+    def run(canvas: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad(), _NetworkOutputs() as network:
+            values = module(canvas)
+        given = zip(names, (values,) if isinstance(values, Tensor) else values, strict=True)
+        return network.found | dict(given)
+
+    return run
+
+
+class _NetworkOutputs(TorchDispatchMode):
+    """Notes what the post-process is given while a program runs, which a `.pt2` does not tell."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.mbv3dist.postprocess.default:
+            self.found = {"class_logits": args[0], "box_deltas": args[1]}
+        return func(*args, **(kwargs or {}))
 
 
 def write_whole(out: Path, content: bytes) -> None:

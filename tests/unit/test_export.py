@@ -4,15 +4,18 @@ import errno
 import json
 import os
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from lively import detector, detector_graph, lively_model, save_lively
 
 from mbv3dist.cli import main
-from mbv3dist.inference import onnx_file
+from mbv3dist.inference import export, fold, onnx_file
 from mbv3dist.inference.check import (
+    UNMATCHED_TOLERANCE,
     Agreement,
+    check_export,
     compare_detections,
     drawn_canvases,
     reference_detections,
@@ -20,7 +23,7 @@ from mbv3dist.inference.check import (
 )
 from mbv3dist.inference.export import export_model, export_onnx
 from mbv3dist.inference.formats import EXPORT_FORMATS
-from mbv3dist.models.directory import spec_from_json
+from mbv3dist.models.directory import Thresholds, spec_from_json
 from mbv3dist.models.onnx_model import load_any_model, load_onnx
 from mbv3dist.ops.nms import Detections
 
@@ -98,6 +101,44 @@ def test_torch_export_is_loaded_and_run_with_any_batch(raw, tmp_path):
             )
             assert agreement.detections > 100 * batch
             assert agreement.unmatched <= 0.002 * agreement.detections
+
+
+def test_rounding_of_peaky_scores_is_no_difference(tmp_path, monkeypatch):
+    """As in a real detector of many layers, the file's network rounds otherwise than the model."""
+
+    class Rounded(fold.DeployedNetwork):
+        def __init__(self, loaded):
+            super().__init__(loaded)
+            torch.manual_seed(0)
+            for weight in self.parameters():
+                weight.data *= 1 + 3e-5 * torch.randn_like(weight)
+
+    loaded = lively_model("ssdlite_mobilenetv3_small", slim=True)
+    for head in loaded.model.class_heads:
+        head[1].weight.data *= 32
+        head[1].bias.data *= 32
+    rounded, canvas = Rounded(loaded), drawn_canvases(loaded.spec, 3, seed=1)
+    found, expected = rounded(canvas), reference_outputs(loaded, canvas).values()
+    ends = compare_detections(
+        reference_detections(loaded, *found), reference_detections(loaded, *expected)
+    )
+    assert ends.unmatched > UNMATCHED_TOLERANCE * ends.detections  # comparing them would refuse it
+    monkeypatch.setattr(export, "DeployedNetwork", Rounded)
+    check = export_model(loaded, tmp_path / "model.pt2")["check"]
+    assert 0 < check["class_logits"] < 0.1 and check["unmatched"] == 0
+
+
+@pytest.mark.parametrize("wrong", ["network", "postprocess"])
+def test_a_pt2_file_that_is_not_the_model_is_not_written(wrong):
+    program = export._Answers(detector(), raw=False)
+    if wrong == "network":
+        program.network.model.class_heads[0][1].bias.data += 0.1
+    else:
+        program._spec = replace(program._spec, thresholds=Thresholds(nms=0.9))
+    words = {"network": "its class_logits differ", "postprocess": "have no counterpart"}[wrong]
+    run = export._runner(program, ["boxes", "scores", "labels", "count"])
+    with pytest.raises(ValueError, match=f"^m.pt2: not written: .*{words}.*versions of torch$"):
+        check_export(run, detector(), source="m.pt2", libraries="torch")
 
 
 def test_weights_go_out_under_the_names_of_torchvision(tmp_path):
