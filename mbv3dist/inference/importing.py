@@ -18,6 +18,7 @@ from mbv3dist.inference.libraries import ARCHS, Source, find_source
 from mbv3dist.messages import shown
 from mbv3dist.models.directory import ModelSpec, model_from_spec, new_spec, save_model
 from mbv3dist.models.weights import load_state, misfit, read_state, to_our_names
+from mbv3dist.writing import check_place
 
 # What float32 holds exactly.
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -54,6 +55,7 @@ def import_model(
     source = find_source(arch, file_name=checkpoint.name)
     if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists; give another path, or --overwrite to replace a model")
+    check_place(out)
     state = read_state(checkpoint)
     _check_kinds(state, checkpoint)
     spec, names_from = _describe(state, source, checkpoint=checkpoint, classes=classes)

@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from mbv3dist.messages import one_line
@@ -37,6 +37,7 @@ from mbv3dist.models.spec import (
 )
 from mbv3dist.models.ssdlite import SSDLite
 from mbv3dist.models.weights import load_state
+from mbv3dist.writing import writing
 
 __all__ = [
     "ARCHITECTURES",
@@ -132,34 +133,43 @@ def save_model(model: nn.Module, spec: ModelSpec, path: str | Path) -> None:
 
     Raises:
         ValueError: if something that is no model directory is in the way.
+        OSError: if it cannot be written; nothing is left of it, and an older one stays.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() and (_is_model(path) or not any(path.iterdir()))):
         raise ValueError(f"model directory: {path} exists and is no model; give another path")
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     assert not any(k.startswith(("module.", "_orig_mod.")) for k in tensors), "unwrap the model"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    files = {
+        WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}),
+        SPEC_FILE: spec_to_json(spec).encode(),
+    }
+    with writing(path, num_bytes=sum(map(len, files.values()))):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            _replace(path, files, work=work)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _replace(path: Path, files: Mapping[str, bytes], *, work: Path) -> None:
+    """Write a folder with these files in the place of an older one, which stays if that fails."""
+    new, old = work / "new", work / "old"
+    new.mkdir()
+    for name, content in files.items():
+        with (new / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    if path.exists():
+        os.rename(path, old)  # a folder with files in it cannot be replaced by rename
     try:
-        new, old = work / "new", work / "old"
-        new.mkdir()
-        try:
-            save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
-        except SafetensorError as error:  # its own name for a full disk, too
-            raise OSError(f"model directory: {path} could not be written ({error})") from None
-        (new / SPEC_FILE).write_text(spec_to_json(spec), encoding="utf-8")
-        for name in (WEIGHTS_FILE, SPEC_FILE):
-            _sync_to_disk(new / name)
-        if path.exists():
-            os.rename(path, old)  # a folder with files in it cannot be replaced by rename
-        try:
-            os.rename(new, path)
-        except OSError:
-            if old.exists():
-                os.rename(old, path)
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        os.rename(new, path)
+    except OSError:
+        if old.exists():
+            os.rename(old, path)
+        raise
 
 
 def load_model(path: str | Path) -> LoadedModel:
@@ -205,8 +215,3 @@ def load_model(path: str | Path) -> LoadedModel:
 
 def _is_model(path: Path) -> bool:
     return (path / SPEC_FILE).is_file() and (path / WEIGHTS_FILE).is_file()
-
-
-def _sync_to_disk(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

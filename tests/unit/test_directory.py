@@ -1,5 +1,6 @@
 """Model directories: round trips, atomic replacement, and messages for what is wrong."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -94,6 +95,17 @@ def test_a_failed_save_keeps_the_old_model(tmp_path: Path, monkeypatch: pytest.M
         save_model(model, CLASSIFIER, tmp_path / "model")
     assert (tmp_path / "model" / "model.safetensors").read_bytes() == before
     assert os.listdir(tmp_path) == ["model"]
+
+
+def test_a_full_disk_names_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"free some \(it takes .* MB\)") as caught:
+        save_model(model_from_spec(CLASSIFIER), CLASSIFIER, tmp_path / "model")
+    assert caught.value.filename == str(tmp_path / "model")
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_folder_that_is_no_model_is_left_alone(tmp_path: Path) -> None:

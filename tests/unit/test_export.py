@@ -3,12 +3,13 @@
 import errno
 import json
 import os
+import re
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from lively import detector, detector_graph, lively_model, save_lively
+from lively import classifier_graph, detector, detector_graph, lively_model, save_lively
 
 from mbv3dist.cli import main
 from mbv3dist.inference import export, fold, onnx_file
@@ -210,10 +211,53 @@ def test_a_full_disk_leaves_nothing_or_the_old_file(call, tmp_path, monkeypatch,
             out.write_text(before)
         with monkeypatch.context() as patch:
             patch.setattr(os, call, full)
-            with pytest.raises(OSError, match="No space left"):
+            with pytest.raises(OSError, match=r"No space left.*it takes .* MB.*model\.onnx'$"):
                 export_onnx(detector(), out)
         assert [p.name for p in tmp_path.iterdir()] == ([] if before is None else ["model.onnx"])
     assert out.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("format", "name"), [("torchvision", "w.pth"), ("timm", "w.safetensors"), (None, "w.onnx")]
+)
+def test_a_full_disk_is_one_line_that_names_the_file(format, name, tmp_path, capfd, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = save_lively(lively_model("mobilenetv3_small", size=64, width=1.0), tmp_path / "model")
+    monkeypatch.setattr(onnx_file, "make_onnx", lambda loaded, raw: classifier_graph())
+    monkeypatch.setattr(export, "check_export", lambda *args, **kwargs: {})
+    monkeypatch.setattr(os, "fsync", full)
+    words = ["--format", format] if format else []
+    error = fails(capfd, folder, tmp_path / name, *words)
+    start = f"mbv3dist: error: {tmp_path / name}: No space left on device; free some (it takes "
+    assert error.startswith(start) and error.endswith(" MB) or choose another place\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "place", ["/proc/m.onnx", "/proc/new/m.pt2", "FILE/m.onnx", "FILE/new/m.pt2"]
+)
+def test_an_impossible_place_is_found_before_the_work(place, model, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(export, "load_model", lambda path: pytest.fail("too late"))
+    (tmp_path / "file").write_text("dear to somebody")
+    place = place.replace("FILE", str(tmp_path / "file"))
+    error = fails(capfd, model, place)
+    assert error.startswith(f"mbv3dist: error: {place}: ") and "another place" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--split", "nope"], "no split 'nope'.* train"), (["--int8", "/nowhere"], "/nowhere")],
+)
+def test_what_cannot_be_quantised_on_is_found_before_the_work(
+    words, message, model, detection_data, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr(onnx_file, "make_onnx", lambda loaded, raw: pytest.fail("too late"))
+    error = fails(capfd, model, tmp_path / "m.onnx", "--int8", detection_data, *words)
+    assert re.search(message, error)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_is_not_the_model_is_not_written(tmp_path, fast):
