@@ -60,6 +60,8 @@ __all__ = [
 ]
 
 WEIGHTS_FILE = "model.safetensors"
+_WANTED = f"give a directory with {SPEC_FILE} and {WEIGHTS_FILE}, as train and import write it"
+_CHECKPOINTS = (".pth", ".pt", ".safetensors", ".ckpt", ".bin", ".tar")  # endings in the wild
 
 
 @dataclass(frozen=True)
@@ -186,12 +188,13 @@ def load_model(path: str | Path) -> LoadedModel:
         ValueError: if files are missing or damaged, or weights and description do not agree.
     """
     path = Path(path)
+    if path.is_file():
+        raise ValueError(f"model directory: {path} is a file; {_cure_of_file(path)}")
+    if not path.exists():
+        raise ValueError(f"model directory: {path} does not exist; {_WANTED}")
     for name in (SPEC_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
-            raise ValueError(
-                f"model directory: {path / name} is missing; give a directory with {SPEC_FILE} and "
-                f"{WEIGHTS_FILE}, as train and import write it"
-            )
+            raise ValueError(f"model directory: {path / name} is missing; {_WANTED}")
     spec = spec_from_json((path / SPEC_FILE).read_bytes(), source=str(path / SPEC_FILE))
     weights = path / WEIGHTS_FILE
     check_size(
@@ -211,6 +214,29 @@ def load_model(path: str | Path) -> LoadedModel:
         model = model_from_spec(spec)
     load_state(model, state, source=str(weights))
     return LoadedModel(model=model.eval(), spec=spec)
+
+
+def _cure_of_file(path: Path) -> str:
+    """What to do with a file that was given in the place of a model directory."""
+    ending = path.suffix.lower()
+    if path.name in (SPEC_FILE, WEIGHTS_FILE):
+        return f"give the directory it is in, {path.parent}"
+    if ending in _CHECKPOINTS:
+        return (
+            f"if it is a checkpoint of torchvision or timm, `mbv3dist import {path} DIR --arch "
+            "NAME` makes a model directory of it"
+        )
+    if ending == ".pt2":
+        return (
+            "a program for torch.export.load, which no command here takes; give the model "
+            "directory that it was exported from, or an .onnx file to eval and predict"
+        )
+    if ending == ".onnx":
+        return (
+            "an export, which eval and predict take; here give the model directory that it was "
+            "exported from"
+        )
+    return _WANTED
 
 
 def _is_model(path: Path) -> bool:
