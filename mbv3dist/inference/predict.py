@@ -37,6 +37,7 @@ from mbv3dist.models.preprocess import (
 from mbv3dist.models.preprocess_whole import whole_input
 from mbv3dist.ops.nms import Detections
 from mbv3dist.viz.draw import draw_boxes, draw_classes
+from mbv3dist.writing import check_place, write_whole, writing
 
 DISPLAY_THRESHOLD = 0.3  # below this, most detections are noise to a person
 PREDICTIONS_FILE = "predictions.json"
@@ -103,7 +104,8 @@ def predict(
             if progress is not None:
                 progress(len(entries), len(files))
     result = {"pictures": entries}
-    _write_json(out / PREDICTIONS_FILE, result)
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    write_whole(out / PREDICTIONS_FILE, (text + "\n").encode())
     return result
 
 
@@ -350,7 +352,8 @@ def _finish(
             )
         else:
             drawn = draw_classes(item.whole, answer)
-        drawn.save(out / name, quality=92, subsampling=0)
+        with writing(out / name):
+            drawn.save(out / name, quality=92, subsampling=0)
     return entry
 
 
@@ -368,14 +371,8 @@ def _groups(images: Iterable[ImageLike], batch_size: int) -> Iterator[list[Image
 
 def _make_folder(out: Path) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise ValueError(f"--out {out} is a file; give a folder") from None
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write the file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    check_place(out / PREDICTIONS_FILE)
