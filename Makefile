@@ -11,7 +11,7 @@ export MPLCONFIGDIR := $(CURDIR)/.cache/matplotlib
 export TMPDIR := $(CURDIR)/.cache/tmp
 _ := $(shell mkdir -p .cache/tmp)
 
-.PHONY: setup quickstart test test-fast lint format report bench gpu-bundle gpu gpu-benchmarks bench-peers clean
+.PHONY: setup quickstart test test-fast test-floor lint format report bench gpu-bundle gpu gpu-benchmarks bench-peers clean
 
 setup: $(STAMP)
 
@@ -29,6 +29,21 @@ test: lint
 
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow'
+
+# The same tests with the oldest versions that pyproject.toml admits, in an environment of their own
+# (6 GB). Python 3.12, because that is what the GPU machine has beside torch 2.11 and Triton 3.6.
+FLOOR_PYTHON ?= python3.12
+FLOOR := .venv-floor
+
+test-floor: $(FLOOR)/.installed
+	$(FLOOR)/bin/python -m pytest -n 2 --dist worksteal
+
+$(FLOOR)/.installed: pyproject.toml constraints-floor.txt
+	@$(FLOOR_PYTHON) -c '' 2>/dev/null || { echo "make: $(FLOOR_PYTHON) does not start:" \
+	  "test-floor needs Python 3.12; say where it is with FLOOR_PYTHON=..." >&2; exit 1; }
+	$(FLOOR_PYTHON) -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-floor.txt --editable '.[dev]'
+	@touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .
@@ -83,4 +98,4 @@ $(PEERS)/.installed: $(PEERS_FILES) $(FFCV_FILE)
 	@touch $@
 
 clean:
-	rm -rf $(PEERS) $(VENV) .cache *.egg-info
+	rm -rf $(PEERS) $(FLOOR) $(VENV) .cache *.egg-info

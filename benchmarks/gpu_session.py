@@ -9,7 +9,7 @@ The machine has PyTorch, torchvision, Accelerate, timm, Numba and pytest, and ma
 any time: each step is a command with a time limit that saves as it goes, and after each step all
 that there is goes into one archive (`--pack FILE.tgz`). What a step prints goes to a log; its last
 lines are shown. A step that fails does not take the next one with it. Needs the standard library
-only, and no `make`.
+only, and no `make`. MBV3DIST_COMMIT=HASH says which commit a copy without git's folder is of.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 if str(HERE) not in sys.path:
     sys.path.insert(0, str(HERE))
 from machine import ROOT, commit, machine  # noqa: E402
+from options import output_file  # noqa: E402
 
 PEERS_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 RESAMPLES = 4000
@@ -155,8 +156,8 @@ def parser(description: str, *, rounds: int) -> argparse.ArgumentParser:
     """Return a command line with what every benchmark takes."""
     result = argparse.ArgumentParser(description=description)
     result.add_argument("--quick", action="store_true", help="a short run on pictures it makes")
-    result.add_argument("--json", type=Path, metavar="FILE", help="save the report")
-    result.add_argument("--markdown", type=Path, metavar="FILE", help="save the tables")
+    result.add_argument("--json", type=output_file, metavar="FILE", help="save the report")
+    result.add_argument("--markdown", type=output_file, metavar="FILE", help="save the tables")
     result.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")
     result.add_argument(
         "--quiet",
@@ -213,17 +214,17 @@ def merged(report: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def finish(report: dict[str, Any], text: str, args: argparse.Namespace) -> None:
-    """Save what was asked for, print the tables to standard error and the report as one line.
+    """Print the tables to standard error and the report as one line; save what was asked for.
 
     Raises:
         RuntimeError: W&B was asked for and cannot start; the report has been saved before.
     """
+    print(text, file=sys.stderr)
+    print(json.dumps(report), flush=True)  # there even if the disk is full
     if args.markdown is not None:
         args.markdown.write_text(text, encoding="utf-8")
     if args.json is not None:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(text, file=sys.stderr)
-    print(json.dumps(report))
     if getattr(args, "wandb", None):
         log_to_wandb(report, text, project=args.wandb)
 

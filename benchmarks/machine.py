@@ -32,12 +32,18 @@ def machine() -> dict[str, Any]:
 
 
 def commit() -> str:
-    """Return the commit of the working tree, with a plus if files differ from it."""
+    """Return the commit of the working tree, with a plus if files differ from it.
+
+    A copy without git's folder has none: then it is what MBV3DIST_COMMIT says.
+    """
+
+    def git(*words: str) -> str:
+        return subprocess.check_output(["git", *words], cwd=ROOT, text=True, stderr=subprocess.PIPE)
+
     try:
-        head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=ROOT, text=True).strip()
-        changes = subprocess.check_output(["git", "status", "--porcelain"], cwd=ROOT, text=True)
+        head, changes = git("rev-parse", "HEAD").strip(), git("status", "--porcelain")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("MBV3DIST_COMMIT", "unknown")
     return head + ("+" if changes.strip() else "")
 
 

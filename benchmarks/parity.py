@@ -29,6 +29,7 @@ import torch
 import torchvision
 from foreign_models import DETECTOR
 from machine import versions
+from options import output_file
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor, nn
 from torchvision.models.detection import SSDLite320_MobileNet_V3_Large_Weights
@@ -351,8 +352,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
         "--models", dest="models_wanted", default="", help="names, with commas; default: all"
     )
     parser.add_argument("--quick", action="store_true", help="8 pictures, one model of each kind")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="save the report")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="save the table")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="save the report")
+    parser.add_argument("--markdown", type=output_file, metavar="FILE", help="save the table")
     args = parser.parse_args(words)
     args.models = MODELS
     if args.quick:

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import numpy as np
 from machine import commit, in_new_process, machine, peak_mb, versions
+from options import output_file
 from resume_data import measure_manifest, measure_reads, open_process
 
 from mbv3dist.data.plan import Plan
@@ -277,8 +278,8 @@ def report_text(report: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="few cases, few repetitions")
-    parser.add_argument("--json", type=Path, help="write the results to this file")
-    parser.add_argument("--markdown", type=Path, help="write them as a document")
+    parser.add_argument("--json", type=output_file, help="write the results to this file")
+    parser.add_argument("--markdown", type=output_file, help="write them as a document")
     parser.add_argument("--part", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.part:

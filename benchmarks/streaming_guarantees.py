@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+from options import output_file
 from peers.damage import CASES, digest
 from peers.data import make_data
 from peers.samples import read_pictures
@@ -198,8 +199,8 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Streaming guarantees, ours beside the peers'.")
     parser.add_argument("--quick", action="store_true", help="a few seconds, only ours")
     parser.add_argument("--only", metavar="NAMES", help=f"of {','.join(SYSTEMS)}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="save the results")
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="save the report")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="save the results")
+    parser.add_argument("--markdown", type=output_file, metavar="FILE", help="save the report")
     parser.add_argument(
         "--wandb", metavar="PROJECT", help="log the figures to this project of Weights & Biases"
     )

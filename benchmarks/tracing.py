@@ -15,6 +15,7 @@ from typing import Any
 
 import harness
 import torch
+from options import output_file
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
@@ -54,11 +55,11 @@ def trace_path(word: str) -> Path:
     """A path that a trace can be written to.
 
     Raises:
-        argparse.ArgumentTypeError: The name has another ending.
+        argparse.ArgumentTypeError: The name has another ending, or cannot be written.
     """
     if not word.endswith(SUFFIXES):
         raise argparse.ArgumentTypeError(f"{word}: its name must end in {' or '.join(SUFFIXES)}")
-    return Path(word)
+    return output_file(word)
 
 
 def named(path: Path, part: str) -> Path:

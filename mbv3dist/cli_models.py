@@ -129,7 +129,9 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--int8", metavar="DATA", help="onnx: quantise on this data set")
     parser.add_argument("--split", help="of --int8; default: train or trainval")
-    parser.add_argument("--num-pictures", type=positive, default=128, help="of --int8")
+    parser.add_argument(
+        "--num-pictures", type=positive, default=128, help="of --int8; default: 128"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 

@@ -16,10 +16,19 @@ from mbv3dist.data.files import (
     MAX_PICTURE_BYTES,
     UnusableFileError,
     open_regular,
+    open_sized,
     read_bounded,
+    read_open,
 )
 
-__all__ = ["MAX_PICTURE_BYTES", "UnusableFileError", "open_regular", "read_bounded"]
+__all__ = [
+    "MAX_PICTURE_BYTES",
+    "UnusableFileError",
+    "open_regular",
+    "open_sized",
+    "read_bounded",
+    "read_open",
+]
 
 MAX_XML_BYTES = 8 * 1024 * 1024
 MAX_LIST_BYTES = 256 * 1024 * 1024
@@ -32,7 +41,11 @@ _UNSHOWABLE = re.compile(
 
 
 def walk_files(
-    folder: Path, counts: Counter[str] | None = None, *, inside: Path | None = None
+    folder: Path,
+    counts: Counter[str] | None = None,
+    *,
+    real: str | None = None,
+    inside: str | None = None,
 ) -> Iterator[str]:
     """Yield all files under a folder, sorted, as relative paths with '/'.
 
@@ -43,14 +56,16 @@ def walk_files(
         folder: Where to start.
         counts: Gets the number of files reached through links to outside, as
             ``linked_from_outside``.
-        inside: What is inside: this folder, or the one to start in.
+        real: Its real path, where the caller knows it: to find it takes longer than to list a few
+            files.
+        inside: Real path of what is inside: by default the folder to start in.
 
     Raises:
         ValueError: if a folder is reached through two links: each picture would come twice, and
             nested links of that kind never end.
     """
-    top = os.path.realpath(inside or folder)
-    start = os.path.realpath(folder)
+    start = real or os.path.realpath(folder)
+    top = inside or start
     linked: dict[str, str] = {}
     outside = 0
     # A folder that is being listed: its path below the top, its entries, the real paths of those

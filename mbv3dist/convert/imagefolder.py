@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,8 +101,11 @@ def _scan(root: Path, split: str, folders: Sequence[str], classes: Sequence[str]
         if is_picture(path) and path.is_file() and not path.name.startswith("."):
             reason = "lies beside the class folders, so it has no class"
             job.complain(path.name, reason, "unknown_class")
+    real_root = os.path.realpath(root)
     for folder in folders:
-        files = list(walk_files(root / folder, job.counts, inside=root))
+        place = root / folder
+        real = None if place.is_symlink() else os.path.join(real_root, folder)
+        files = list(walk_files(place, job.counts, real=real, inside=real_root))
         pictures = [name for name in files if is_picture(name)]
         job.counts["ignored_files"] += len(files) - len(pictures)
         job.counts["empty_class_folders"] += not pictures

@@ -55,13 +55,17 @@ class Picture:
         return decoded
 
 
-def open_picture(data: bytes) -> Picture:
+def open_picture(data: bytes, header: PlainHeader | None = None) -> Picture:
     """Make sure that a picture file decodes in full: by its structure or, failing that, decoding.
+
+    Args:
+        data: The file.
+        header: What `clean_header` says of it, if that is known and not None.
 
     Raises:
         PictureError: with the reason, if it does not.
     """
-    header = clean_header(data)
+    header = header or clean_header(data)
     if header is None or not scan_is_whole(data, header.scan, has_restarts=header.has_restarts):
         return load_picture(data)
     return clean_picture(header, data)

@@ -16,7 +16,6 @@ import re
 import numpy as np
 
 from mbv3dist.convert.pictures import Picture, encode_jpeg
-from mbv3dist.data.formats import PictureError
 
 _RAW_HEAD = re.compile(
     rb"\x93NUMPY\x01\x00..\{'descr': '\|u1', 'fortran_order': False, "
@@ -27,24 +26,14 @@ _RAW_HEAD = re.compile(
 
 def pixels_at(picture: Picture, size: tuple[int, int]) -> np.ndarray:
     """Return a picture's pixels at a (width, height) that is its own or smaller."""
-    if size == picture.size or picture.decoded is not None:
-        return shrink(np.asarray(picture.image), size)
-    from mbv3dist.data.pixels import Pictures  # compiled code: takes a second to load
+    if size != picture.size and picture.decoded is None:
+        from mbv3dist.data.shrunk import shrunk  # compiled code: takes a second to load
 
-    # Decodes faster than Pillow, to the same pixels, and resizes as `shrink` does.
-    pictures = Pictures([memoryview(picture.data)])
-    canvas = np.empty((size[1], size[0], 3), np.uint8)
-    pictures.draw(
-        np.array([[0, 0, *picture.size]], np.float64),
-        np.array([[0, 0, *size]], np.int32),
-        np.zeros(1, np.bool_),
-        canvases=canvas[np.newaxis],
-        places=np.zeros(1, np.int64),
-        fill=(0, 0, 0),
-    )
-    if pictures.errors:
-        raise PictureError(str(pictures.errors[0]))
-    return canvas
+        # Decodes faster than Pillow, to the same pixels, and resizes as `shrink` does.
+        pixels = shrunk(picture.data, picture.size, size)
+        if pixels is not None:
+            return pixels
+    return shrink(np.asarray(picture.image), size)
 
 
 def shrink(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -27,8 +27,8 @@ import numpy as np
 from mbv3dist.convert.files import (
     MAX_PICTURE_BYTES,
     UnusableFileError,
-    open_regular,
-    read_bounded,
+    open_sized,
+    read_open,
 )
 from mbv3dist.convert.pictures import (
     REENCODE_QUALITY,
@@ -41,10 +41,11 @@ from mbv3dist.convert.pictures import (
 )
 from mbv3dist.convert.pixels import jpeg_bytes, pixels_at, raw_bytes, shrink
 from mbv3dist.convert.records import Box, Problem, Record, Settings
-from mbv3dist.convert.structure import END_MARKER
+from mbv3dist.convert.structure import END_MARKER, PlainHeader
 from mbv3dist.data.formats import PictureError
 
-_HEAD_BYTES = 32 * 1024  # holds nearly every header, also with a colour profile or a thumbnail
+_HEAD_BYTES = 4 * 1024  # holds most headers
+_LONG_HEAD_BYTES = 64 * 1024  # and this nearly every one, also with a profile or a thumbnail
 
 Corners = tuple[float, float, float, float]
 
@@ -177,7 +178,7 @@ def _prepare(request: Request, settings: Settings, result: Prepared) -> None:
         PictureError: if its picture is bad, or as `read_bounded` does.
     """
     record = request.record
-    picture = _look_at(record.path, settings, result) or _read(record.path, result)
+    picture = _open(record.path, settings, result)
     if settings.label_from == "folder":
         _add_picture(picture, record.label, settings, result)
         return
@@ -201,37 +202,38 @@ def _prepare(request: Request, settings: Settings, result: Prepared) -> None:
         _add_picture(picture, label, settings, result)
 
 
-def _look_at(path: str, settings: Settings, result: Prepared) -> Picture | None:
-    """Return a picture that is only to be copied, after reading its header: packing does the rest.
+def _open(path: str, settings: Settings, result: Prepared) -> Picture:
+    """Return a picture after reading no more than the header if it is only to be copied.
 
-    None if more must be read to tell.
+    Packing does the rest then.
     """
-    if settings.format != "jpeg" or settings.label_from not in ("folder", "boxes"):
-        return None
-    file = open_regular(path)
+    head, header = b"", None
+    file, num_bytes = open_sized(path)
     try:
-        num_bytes = os.fstat(file).st_size
-        head = os.pread(file, _HEAD_BYTES, 0)
-        end = head[-2:] if len(head) == num_bytes else os.pread(file, 2, max(num_bytes - 2, 0))
+        if settings.format == "jpeg" and settings.label_from in ("folder", "boxes"):
+            head, header = _read_header(file, num_bytes)
+        if header is not None and settings.final_size(header.size) == header.size:
+            result.file_bytes, result.file_crc = num_bytes, zlib.crc32(head[: header.scan])
+            result.scan, result.has_restarts = header.scan, header.has_restarts
+            return clean_picture(header)
+        data = read_open(file, num_bytes, MAX_PICTURE_BYTES)
     finally:
         os.close(file)
-    if end != END_MARKER or num_bytes > MAX_PICTURE_BYTES:
-        return None  # cut off, most likely: that is better said before anything is packed
-    header = clean_header(head)
-    if header is None:
-        return None
-    if settings.final_size(header.size) != header.size:
-        return None
-    result.file_bytes, result.file_crc = num_bytes, zlib.crc32(head[: header.scan])
-    result.scan, result.has_restarts = header.scan, header.has_restarts
-    return clean_picture(header)
-
-
-def _read(path: str, result: Prepared) -> Picture:
-    """Return a picture after reading all of its file."""
-    data = read_bounded(path, MAX_PICTURE_BYTES)
     result.file_bytes = len(data)
-    return open_picture(data)
+    return open_picture(data, header if data.startswith(head) else None)
+
+
+def _read_header(file: int, num_bytes: int) -> tuple[bytes, PlainHeader | None]:
+    """Return the beginning of a file, and its header if its bytes can be kept so far."""
+    head = os.pread(file, _HEAD_BYTES, 0)
+    end = head[-2:] if len(head) == num_bytes else os.pread(file, 2, max(num_bytes - 2, 0))
+    if end != END_MARKER or num_bytes > MAX_PICTURE_BYTES:
+        return head, None  # cut off, most likely: that is better said before anything is packed
+    header = clean_header(head)
+    if header is None and len(head) < num_bytes:
+        head = os.pread(file, _LONG_HEAD_BYTES, 0)
+        header = clean_header(head)
+    return head, header
 
 
 def _add_picture(picture: Picture, label: int, settings: Settings, result: Prepared) -> None:

@@ -6,6 +6,7 @@ An id is the path of an XML in its folder without ``.xml``; it may hold dots and
 from __future__ import annotations
 
 import io
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def open_root(folder: Path, prefix: str) -> VocRoot:
     annotations: dict[str, Annotation | str] = {}
     upper_case = {}
     counts: Counter[str] = Counter()
-    for name in walk_files(folder / xml_folder, counts, inside=folder):
+    for name in walk_files(folder / xml_folder, counts, inside=os.path.realpath(folder)):
         if not name.lower().endswith(".xml"):
             continue
         key = name[: -len(".xml")]
@@ -120,7 +121,7 @@ def _list_pictures(
     for place in places:
         # Where XML and pictures lie in one place, its links are counted already.
         seen = counts if place != xml_folder else None
-        for name in walk_files(folder / place, seen, inside=folder):
+        for name in walk_files(folder / place, seen, inside=os.path.realpath(folder)):
             if not is_picture(name) or (place == "" and name.startswith("Annotations/")):
                 continue
             names.append(place + name)

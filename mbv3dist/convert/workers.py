@@ -1,18 +1,19 @@
-"""Runs independent calls on several processes, a bounded number of them in flight."""
+"""Runs independent calls on several processes, of which the calling one is one."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from queue import SimpleQueue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from concurrent.futures import Future, ProcessPoolExecutor
+    from concurrent.futures import ProcessPoolExecutor
 
-_CALLS_PER_WORKER = 3  # in flight: keeps workers busy and little waiting in memory
+    # Number of a call, its result, and what was raised instead; None where a feeder ends.
+    Done = SimpleQueue[tuple[int, Any, BaseException | None] | None]
 
 
 def num_cores() -> int:
@@ -25,18 +26,21 @@ def num_cores() -> int:
 class Workers:
     """Processes that are started when they are first needed and then stay for further calls.
 
+    The calling process does calls too: it would only wait otherwise, and it has begun when the
+    others are still starting.
+
     Args:
-        count: How many; None for one per core. With one, calls run in this process.
+        count: How many, with the calling one; None for one per core.
     """
 
     def __init__(self, count: int | None) -> None:
-        self._count = count or num_cores()
+        self._num_others = (count or num_cores()) - 1
         self._pool: ProcessPoolExecutor | None = None
 
     def run_all(
         self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], num_calls: int
     ) -> Iterator[tuple[int, Any]]:
-        """Yield (number of the call, result) in order.
+        """Yield (number of the call, result) as they are done.
 
         Args:
             function: A function of a module, so that other processes find it.
@@ -46,35 +50,26 @@ class Workers:
         Raises:
             OSError: if a worker process died.
         """
-        if min(self._count, num_calls) <= 1:
-            for number, arguments in enumerate(calls):
-                yield number, function(*arguments)
-            return
-        from concurrent.futures.process import BrokenProcessPool
-
-        waiting: deque[tuple[int, Future[Any]]] = deque()
-        pool = self._started()
+        source = _Shared(calls)
+        done: Done = SimpleQueue()
+        num_feeders = min(self._num_others, num_calls - 1)
+        for _ in range(num_feeders):
+            arguments = self._started(), function, source, done
+            threading.Thread(target=_feed, args=arguments, daemon=True).start()
         try:
-            for number, arguments in enumerate(calls):
-                waiting.append((number, pool.submit(function, *arguments)))
-                if len(waiting) >= self._count * _CALLS_PER_WORKER:
-                    first, future = waiting.popleft()
-                    yield first, future.result()
-            while waiting:
-                first, future = waiting.popleft()
-                yield first, future.result()
-        except BrokenProcessPool as error:
-            raise OSError(
-                "a worker process of the conversion died (out of memory, killed, or called from a "
-                "script without `if __name__ == '__main__':`); start it again to go on, with fewer "
-                "--workers"
-            ) from error
+            for number, call in source:
+                yield number, function(*call)
+                while not done.empty():
+                    num_feeders -= yield from _result(done)
+            while num_feeders > 0:
+                num_feeders -= yield from _result(done)
+        finally:
+            source.close()
 
     def warm_up(self) -> None:
         """Start the processes now: they load what they need while the caller goes on."""
-        if self._count > 1:
-            for _ in range(self._count):
-                self._started().submit(_import_all)
+        for _ in range(self._num_others):
+            self._started().submit(_import_all)
 
     def _started(self) -> ProcessPoolExecutor:
         if self._pool is None:
@@ -83,7 +78,7 @@ class Workers:
 
             # Started afresh instead of forked: the caller may have threads, or CUDA, running.
             context = get_context("spawn")
-            self._pool = ProcessPoolExecutor(self._count, context, initializer=_follow_parent)
+            self._pool = ProcessPoolExecutor(self._num_others, context, initializer=_follow_parent)
         return self._pool
 
     def close(self) -> None:
@@ -102,6 +97,63 @@ class Workers:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class _Shared:
+    """Numbered calls that several threads take from, until they are used up or it is closed."""
+
+    def __init__(self, calls: Iterable[tuple[Any, ...]]) -> None:
+        self._calls = enumerate(calls)
+        self._lock = threading.Lock()
+        self._is_closed = False
+
+    def __iter__(self) -> _Shared:
+        return self
+
+    def __next__(self) -> tuple[int, tuple[Any, ...]]:
+        with self._lock:
+            if self._is_closed:
+                raise StopIteration
+            return next(self._calls)
+
+    def close(self) -> None:
+        """Give no more calls out."""
+        with self._lock:
+            self._is_closed = True
+
+
+def _feed(
+    pool: ProcessPoolExecutor, function: Callable[..., Any], source: _Shared, done: Done
+) -> None:
+    """Keep one process busy: hand a call over, wait for its result, note it, until none is left."""
+    number = -1
+    try:
+        for number, call in source:
+            done.put((number, pool.submit(function, *call).result(), None))
+    except BaseException as error:  # whoever waits for the result raises it
+        done.put((number, None, error))
+    else:
+        done.put(None)
+
+
+def _result(done: Done) -> Generator[tuple[int, Any], None, bool]:
+    """Wait for what a feeder notes, and yield it; return whether the feeder has ended instead."""
+    from concurrent.futures.process import BrokenProcessPool
+
+    item = done.get()
+    if item is None:
+        return True
+    number, result, error = item
+    if isinstance(error, BrokenProcessPool):
+        raise OSError(
+            "a worker process of the conversion died (out of memory, killed, or called from a "
+            "script without `if __name__ == '__main__':`); start it again to go on, with fewer "
+            "--workers"
+        ) from error
+    if error is not None:
+        raise error
+    yield number, result
+    return False
 
 
 def _import_all() -> None:

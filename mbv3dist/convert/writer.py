@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mbv3dist.convert.files import UnusableFileError, fill, open_regular
+from mbv3dist.convert.files import UnusableFileError, fill, open_regular, open_sized
 from mbv3dist.convert.pictures import load_picture, picture_problem
 from mbv3dist.convert.structure import scan_is_whole
 from mbv3dist.data.formats import PictureError
@@ -187,11 +187,11 @@ def _read_picture(entry: Entry, spools: _Spools, room: memoryview) -> int:
         is_there = spools.read(entry.spool, entry.picture_offset, room)
     else:
         try:
-            file = open_regular(entry.path)
+            file, num_bytes = open_sized(entry.path)
         except UnusableFileError as error:
             raise _changed(entry.path) from error
         try:
-            is_there = os.fstat(file).st_size == len(room) and fill(file, 0, room)
+            is_there = num_bytes == len(room) and fill(file, 0, room)
         finally:
             os.close(file)
     checksum = zlib.crc32(room)

@@ -25,6 +25,7 @@ FILES = (
     "picture_header.py",
     "pixels.py",
     "resize.py",
+    "shrunk.py",
     "view_geometry.py",
     "view_kernels.py",
     "view_random.py",

@@ -73,7 +73,7 @@ def scan_headers(
     others = 0
     for n in range(len(addresses)):
         data = memory(addresses[n], lengths[n])
-        width, height = _scan(data)
+        width, height = plain_size(data)
         start = 0
         if width == 0:
             width, height, start = _scan_raw(data)
@@ -86,7 +86,7 @@ def scan_headers(
 
 
 @compiled
-def _scan(data: np.ndarray) -> tuple[int, int]:
+def plain_size(data: np.ndarray) -> tuple[int, int]:
     """Return width and height of a plain JPEG, else zeros."""
     none = (0, 0)
     end = len(data)

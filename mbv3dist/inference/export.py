@@ -12,13 +12,13 @@ appears under its name whole or not at all.
 from __future__ import annotations
 
 import io
-import os
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mbv3dist.inference.check import check_export
 from mbv3dist.inference.describe import describe_input, describe_outputs
@@ -34,6 +34,7 @@ from mbv3dist.models.directory import (
 )
 from mbv3dist.models.onnx_model import require
 from mbv3dist.models.ssdlite import SSDLite
+from mbv3dist.writing import check_place, write_whole
 
 LOW_SIGNAL_DB = 15.0  # of an 8-bit file's outputs; trained detectors have some 30
 _ONNX_EXTRA = ("onnx", "onnxruntime")
@@ -81,6 +82,7 @@ def export_model(
         require(_ONNX_EXTRA, what="export --format onnx")
     if out.is_dir() or (out.exists() and not overwrite):
         raise ValueError(f"{out} exists; give another name, or --overwrite to replace a file")
+    check_place(out)
     loaded = model if isinstance(model, LoadedModel) else load_model(model)
     if format in ("torchvision", "timm"):
         return write_state_dict(loaded, out, format=format, overwrite=overwrite)
@@ -107,12 +109,19 @@ def export_onnx(
     from mbv3dist.inference.onnx_file import make_onnx, runner
 
     out = Path(out)
+    if int8 is not None:  # tracing takes a while: what cannot be quantised on is told before
+        from mbv3dist.inference.quantize import find_split, quantize
+
+        split = find_split(int8, split)
     model = make_onnx(loaded, raw=raw)
-    check = check_export(runner(model, source=str(out)), loaded, source=str(out))
+    check = check_export(
+        runner(model, source=str(out)),
+        loaded,
+        source=str(out),
+        libraries="torch, onnx and onnxruntime",
+    )
     facts, more = None, []
     if int8 is not None:
-        from mbv3dist.inference.quantize import quantize
-
         model, facts = quantize(model, loaded.spec, int8, split=split, num_pictures=num_pictures)
         noise = ", ".join(f"{name} {db:.1f} dB" for name, db in facts["signal_to_noise_db"].items())
         more = [
@@ -142,12 +151,7 @@ def export_torch(loaded: LoadedModel, out: str | Path, *, raw: bool = False) -> 
     buffer.seek(0)
     module = torch.export.load(buffer).module()
 
-    def run(canvas: Tensor) -> dict[str, Tensor]:
-        with torch.no_grad():
-            values = module(canvas)
-        return dict(zip(outputs, (values,) if isinstance(values, Tensor) else values, strict=True))
-
-    check = check_export(run, loaded, source=str(out))
+    check = check_export(_runner(module, list(outputs)), loaded, source=str(out), libraries="torch")
     write_whole(out, buffer.getvalue())
     more = []
     if "boxes" in outputs:
@@ -190,25 +194,29 @@ class _Answers(nn.Module):
         )
 
 
-def write_whole(out: Path, content: bytes) -> None:
-    """Write a file so that it appears under its name whole, or not at all.
+def _runner(module: nn.Module, names: list[str]) -> Callable[[Tensor], dict[str, Tensor]]:
+    """What runs a program and gives its outputs and its network's, by name."""
 
-    Raises:
-        OSError: It cannot be written; nothing is left of it, and an older file stays.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # a temporary file is made for its owner alone
-        os.replace(name, out)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    def run(canvas: Tensor) -> dict[str, Tensor]:
+        with torch.no_grad(), _NetworkOutputs() as network:
+            values = module(canvas)
+        values = (values,) if isinstance(values, Tensor) else values
+        return {**network.found, **dict(zip(names, values, strict=True))}
+
+    return run
+
+
+class _NetworkOutputs(TorchDispatchMode):
+    """Notes what the post-process is given while a program runs, which a `.pt2` does not tell."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found: dict[str, Tensor] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.mbv3dist.postprocess.default:
+            self.found = {"class_logits": args[0], "box_deltas": args[1]}
+        return func(*args, **(kwargs or {}))
 
 
 def _choose_format(out: Path, format: str | None) -> str:

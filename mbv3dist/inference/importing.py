@@ -11,13 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mbv3dist.inference.class_names import count_outputs, find_classes
 from mbv3dist.inference.libraries import ARCHS, Source, find_source
 from mbv3dist.messages import shown
 from mbv3dist.models.directory import ModelSpec, model_from_spec, new_spec, save_model
-from mbv3dist.models.weights import load_state, misfit, read_state, to_our_names
+from mbv3dist.models.weights import load_state, misfit, read_checkpoint, to_our_names
+from mbv3dist.writing import check_place
 
 # What float32 holds exactly.
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -49,14 +50,18 @@ def import_model(
 
     Raises:
         ValueError: The checkpoint is damaged or of another model, or names are missing.
+        OSError: The directory cannot be written.
     """
     checkpoint, out = Path(checkpoint), Path(out)
     source = find_source(arch, file_name=checkpoint.name)
     if out.exists() and not overwrite and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"{out} exists; give another path, or --overwrite to replace a model")
-    state = read_state(checkpoint)
+    check_place(out)
+    state, average = read_checkpoint(checkpoint)
     _check_kinds(state, checkpoint)
-    spec, names_from = _describe(state, source, checkpoint=checkpoint, classes=classes)
+    spec, names_from = _describe(
+        state, source, checkpoint=checkpoint, average=average, classes=classes
+    )
     with torch.random.fork_rng(devices=[]):
         model = model_from_spec(spec)
     problem = misfit(model, to_our_names(model, state))
@@ -70,15 +75,25 @@ def import_model(
             "would detect nothing; take a checkpoint from before its training diverged"
         )
     save_model(model, spec, out)
+    lines = _report(model, spec, source, names_from=names_from)
+    if average is not None:
+        lines.append(
+            f"weights: their moving average, {average} of {checkpoint}, as timm takes it; the "
+            "weights of the last step are left out"
+        )
+    return [f"{out}: {lines[0]}", *lines[1:], *source.remarks]
+
+
+def _report(model: nn.Module, spec: ModelSpec, source: Source, *, names_from: str) -> list[str]:
+    """What was made of which model, in lines."""
     parameters = sum(p.numel() for p in model.parameters())
     prepared = spec.preprocess
     return [
-        f"{out}: {source.shown}, {len(spec.classes)} classes ({names_from}), "
+        f"{source.shown}, {len(spec.classes)} classes ({names_from}), "
         f"{'reduced' if spec.reduced_tail else 'full'} tail, {parameters} parameters",
         f"pictures: {prepared.dtype}, {prepared.interpolation}, antialias {prepared.antialias}, "
         f"resized to {prepared.resize} for {spec.input_size} pixels, mean {prepared.mean}, std "
         f"{prepared.std}; batch norm epsilon {spec.bn_eps:g}",
-        *source.remarks,
     ]
 
 
@@ -96,7 +111,12 @@ def _check_kinds(state: Mapping[str, Tensor], checkpoint: Path) -> None:
 
 
 def _describe(
-    state: Mapping[str, Tensor], source: Source, *, checkpoint: Path, classes: str | Path | None
+    state: Mapping[str, Tensor],
+    source: Source,
+    *,
+    checkpoint: Path,
+    average: str | None,
+    classes: str | Path | None,
 ) -> tuple[ModelSpec, str]:
     """The description of what is in a checkpoint, and where the class names come from."""
     needed = (source.outputs_entry, source.tail_entry)
@@ -120,6 +140,7 @@ def _describe(
                 "tag": source.tag,
                 "file": checkpoint.name,
                 "sha256": _sha256(checkpoint),
+                **({} if average is None else {"entry": average}),
             }
         },
     )

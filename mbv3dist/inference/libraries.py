@@ -116,10 +116,9 @@ def find_source(arch: str, *, file_name: str) -> Source:
         return _torchvision_classifier(name, tag, file_name)
     if name in _TIMM:
         return _timm_classifier(name, tag, file_name)
-    near = difflib.get_close_matches(name[:100], ARCHS, n=1, cutoff=0.0)[0]
-    raise ValueError(
-        f"--arch {shown(arch)} is unknown; did you mean {near!r}? There are {', '.join(ARCHS)}"
-    )
+    near = difflib.get_close_matches(name[:100], ARCHS, n=1, cutoff=0.8)
+    meant = f"did you mean {near[0]!r}? There" if near else "there"
+    raise ValueError(f"--arch {shown(arch)} is unknown; {meant} are {', '.join(ARCHS)}")
 
 
 def _torchvision_detector(tag: str) -> Source:

@@ -145,9 +145,13 @@ def _suppress(
         name="nms",
     )
     flat = builder.add("Reshape", scores, builder.constant([-1], "int64"), name="nms.scores")
-    weighted = builder.add("Mul", selected, builder.constant([k, 0, 1], "int64"))
-    last_axis = builder.constant([-1], "int64")
-    places = builder.add("ReduceSum", weighted, last_axis, keepdims=0, name="nms.places")
+    # Not a ReduceSum of a product: of no rows at all, onnxruntime 1.20 to 1.23 keeps both axes.
+    picture_and_class, candidate = (
+        builder.add("Gather", selected, builder.constant(column, "int64"), axis=1)
+        for column in (0, 2)
+    )
+    starts = builder.add("Mul", picture_and_class, builder.constant(k, "int64"))
+    places = builder.add("Add", starts, candidate, name="nms.places")
     nothing = builder.add(
         "Expand", builder.constant([_DROPPED], "float32"), builder.add("Shape", flat)
     )

@@ -4,6 +4,7 @@ Pictures go through the views and the decoder that evaluation uses, so that a pi
 same detections in both. From Python, `detect` and `classify` take pictures that are in memory.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,10 +21,9 @@ from mbv3dist.config import ViewConfig
 from mbv3dist.data.decode import Picture
 from mbv3dist.data.draws import Draws
 from mbv3dist.data.files import MAX_PICTURE_BYTES, read_bounded
-from mbv3dist.data.folders import check_folder, make_folder
 from mbv3dist.data.views import View, make_view
 from mbv3dist.inference.in_memory import ImageLike, encoded, is_float_picture
-from mbv3dist.inference.results import Answer, answer_entry, draw_answer, write_json
+from mbv3dist.inference.results import Answer, answer_entry, draw_answer
 from mbv3dist.inference.sources import (
     drawing_names,
     find_pictures,
@@ -43,6 +43,7 @@ from mbv3dist.models.preprocess import (
 )
 from mbv3dist.models.preprocess_whole import whole_input
 from mbv3dist.ops.nms import Detections
+from mbv3dist.writing import check_folder, write_whole, writing
 
 DISPLAY_THRESHOLD = 0.3  # below this, most detections are noise to a person
 PREDICTIONS_FILE = "predictions.json"
@@ -97,7 +98,7 @@ def predict(
     if batch_size < 1 or top < 1:
         raise ValueError(f"batch size {batch_size} and top {top} must be at least 1")
     out = Path(out)
-    check_folder(out)
+    check_folder(out, PREDICTIONS_FILE)
     found = find_pictures(sources, out=out)
     bad = header_problems(found)
     if bad and on_error == "fail":
@@ -119,7 +120,8 @@ def predict(
             bad |= damaged
             whole = [item for item in prepared if isinstance(item, _Prepared)]
             if whole:
-                make_folder(out)
+                with writing(out):
+                    out.mkdir(parents=True, exist_ok=True)
                 answers = runner.run(whole, score_threshold=score_threshold, top=top)
                 kept = [job for job in zip(group, names[first:], strict=False) if job[0] not in bad]
                 jobs = list(zip(kept, whole, answers, strict=True))
@@ -128,8 +130,8 @@ def predict(
                 progress(first + len(group), len(files))
     skipped = [{"file": path.as_posix(), "reason": bad[path]} for path in found if path in bad]
     result = {"pictures": entries, "skipped": skipped}
-    make_folder(out)
-    write_json(out / PREDICTIONS_FILE, result)
+    text = json.dumps(result, indent=1, ensure_ascii=False, allow_nan=False)
+    write_whole(out / PREDICTIONS_FILE, (text + "\n").encode())
     return result
 
 
@@ -349,7 +351,9 @@ def _finish(
     path, name = job
     if name is not None:
         assert item.whole is not None
-        draw_answer(item.whole, answer, spec.classes).save(out / name, quality=92, subsampling=0)
+        with writing(out / name):
+            drawn = draw_answer(item.whole, answer, spec.classes)
+            drawn.save(out / name, quality=92, subsampling=0)
     return {
         "file": path.as_posix(),
         "width": item.width,

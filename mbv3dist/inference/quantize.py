@@ -63,7 +63,7 @@ def quantize(
     Raises:
         ValueError: There is no such split, or it is damaged.
     """
-    split = split or training_split(data)
+    split = find_split(data, split)
     canvases = calibration_canvases(spec, data, split=split, num_pictures=num_pictures)
     quantized = quantize_onnx(model, canvases)
     return quantized, {
@@ -72,6 +72,17 @@ def quantize(
         "pictures": sum(map(len, canvases)),
         "signal_to_noise_db": signal_to_noise(quantized, model, canvases[0]),
     }
+
+
+def find_split(data: str, split: str | None) -> str:
+    """Name the split that a model is quantised on: the given one, train, trainval, the only one.
+
+    Raises:
+        ValueError: There is no such split.
+    """
+    split = split or training_split(data)
+    open_split(data, split, cache_dir=node_options().folder)
+    return split
 
 
 def calibration_canvases(

@@ -1,9 +1,6 @@
-"""A prediction's results: an entry of predictions.json, a drawn picture, the file itself."""
+"""A prediction's results: an entry of predictions.json, a drawn picture."""
 
-import json
-import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,11 +41,3 @@ def draw_answer(picture: Image.Image, answer: Answer, classes: Sequence[str]) ->
         classes=classes,
         scores=answer.scores.tolist(),
     )
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write the file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    temporary.write_text(text + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -4,22 +4,21 @@ What is written is what a model of that library loads with `strict=True`: the sa
 same order, types and shapes. Weights that came from there go back equal to the last bit.
 """
 
-import os
-import tempfile
+import io
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from mbv3dist.models.anchors import AnchorConfig
 from mbv3dist.models.directory import LoadedModel, ModelSpec, Thresholds
 from mbv3dist.models.mobilenetv3 import BN_EPS, TIMM_BN_EPS
 from mbv3dist.models.weights import to_timm, to_torchvision
+from mbv3dist.writing import write_whole
 
 STATE_DICT_FORMATS = ("torchvision", "timm")
 _HALF = (0.5, 0.5, 0.5)
@@ -71,7 +70,8 @@ def write_state_dict(
         state = to_timm(loaded.model)
     # Contiguous, and each with memory of its own: channels_last weights would be stored so.
     tensors = OrderedDict((k, v.detach().cpu().clone().contiguous()) for k, v in state.items())
-    _write(tensors, out)
+    content = _content(tensors, out.suffix)
+    write_whole(out, content)
     parameters = sum(v.numel() for k, v in tensors.items() if k.endswith(("weight", "bias")))
     return {
         "lines": [
@@ -80,7 +80,7 @@ def write_state_dict(
             *_left_out(spec, format),
         ],
         "file": str(out),
-        "bytes": out.stat().st_size,
+        "bytes": len(content),
         "format": format,
         "entries": len(tensors),
         "parameters": parameters,
@@ -159,23 +159,10 @@ def _left_out(spec: ModelSpec, format: str) -> list[str]:
     return lines
 
 
-def _write(tensors: Mapping[str, Tensor], out: Path) -> None:
-    """Write the file whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            if out.suffix != ".safetensors":
-                torch.save(tensors, file)
-        if out.suffix == ".safetensors":
-            save_file(dict(tensors), name, metadata={"format": "pt"})
-        with open(name, "rb") as file:
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # a temporary file is made for its owner alone
-        os.replace(name, out)
-    except (SafetensorError, RuntimeError) as error:  # their own names for a full disk, too
-        raise OSError(f"{out} could not be written ({error})") from None
-    finally:
-        Path(name).unlink(missing_ok=True)
+def _content(tensors: Mapping[str, Tensor], suffix: str) -> bytes:
+    """The file's bytes, in memory: what the libraries' writers say of a full disk helps nobody."""
+    if suffix == ".safetensors":
+        return bytes(save(dict(tensors), metadata={"format": "pt"}))
+    buffer = io.BytesIO()
+    torch.save(tensors, buffer)
+    return buffer.getvalue()

@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import nn
 
 from mbv3dist.messages import one_line
@@ -37,6 +37,7 @@ from mbv3dist.models.spec import (
 )
 from mbv3dist.models.ssdlite import SSDLite
 from mbv3dist.models.weights import load_state
+from mbv3dist.writing import writing
 
 __all__ = [
     "ARCHITECTURES",
@@ -59,6 +60,8 @@ __all__ = [
 ]
 
 WEIGHTS_FILE = "model.safetensors"
+_WANTED = f"give a directory with {SPEC_FILE} and {WEIGHTS_FILE}, as train and import write it"
+_CHECKPOINTS = (".pth", ".pt", ".safetensors", ".ckpt", ".bin", ".tar")  # endings in the wild
 
 
 @dataclass(frozen=True)
@@ -132,41 +135,43 @@ def save_model(model: nn.Module, spec: ModelSpec, path: str | Path) -> None:
 
     Raises:
         ValueError: if something that is no model directory is in the way.
-        OSError: if it cannot be written.
+        OSError: if it cannot be written; nothing is left of it, and an older one stays.
     """
     path = Path(path)
     if path.exists() and not (path.is_dir() and (_is_model(path) or not any(path.iterdir()))):
         raise ValueError(f"model directory: {path} exists and is no model; give another path")
     tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     assert not any(k.startswith(("module.", "_orig_mod.")) for k in tensors), "unwrap the model"
-    try:
+    files = {
+        WEIGHTS_FILE: save(tensors, metadata={"format": "pt"}),
+        SPEC_FILE: spec_to_json(spec).encode(),
+    }
+    with writing(path, num_bytes=sum(map(len, files.values()))):
         path.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    except OSError as error:
-        raise OSError(
-            f"model directory: {path} cannot be made ({error.strerror}); "
-            "give a path in a folder that can be written"
-        ) from None
+        try:
+            _replace(path, files, work=work)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+def _replace(path: Path, files: Mapping[str, bytes], *, work: Path) -> None:
+    """Write a folder with these files in the place of an older one, which stays if that fails."""
+    new, old = work / "new", work / "old"
+    new.mkdir()
+    for name, content in files.items():
+        with (new / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    if path.exists():
+        os.rename(path, old)  # a folder with files in it cannot be replaced by rename
     try:
-        new, old = work / "new", work / "old"
-        new.mkdir()
-        try:
-            save_file(tensors, new / WEIGHTS_FILE, metadata={"format": "pt"})
-        except SafetensorError as error:  # its own name for a full disk, too
-            raise OSError(f"model directory: {path} could not be written ({error})") from None
-        (new / SPEC_FILE).write_text(spec_to_json(spec), encoding="utf-8")
-        for name in (WEIGHTS_FILE, SPEC_FILE):
-            _sync_to_disk(new / name)
-        if path.exists():
-            os.rename(path, old)  # a folder with files in it cannot be replaced by rename
-        try:
-            os.rename(new, path)
-        except OSError:
-            if old.exists():
-                os.rename(old, path)
-            raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        os.rename(new, path)
+    except OSError:
+        if old.exists():
+            os.rename(old, path)
+        raise
 
 
 def load_model(path: str | Path) -> LoadedModel:
@@ -183,12 +188,13 @@ def load_model(path: str | Path) -> LoadedModel:
         ValueError: if files are missing or damaged, or weights and description do not agree.
     """
     path = Path(path)
+    if path.is_file():
+        raise ValueError(f"model directory: {path} is a file; {_cure_of_file(path)}")
+    if not path.exists():
+        raise ValueError(f"model directory: {path} does not exist; {_WANTED}")
     for name in (SPEC_FILE, WEIGHTS_FILE):
         if not (path / name).is_file():
-            raise ValueError(
-                f"model directory: {path / name} is missing; give a directory with {SPEC_FILE} and "
-                f"{WEIGHTS_FILE}, as train and import write it"
-            )
+            raise ValueError(f"model directory: {path / name} is missing; {_WANTED}")
     spec = spec_from_json((path / SPEC_FILE).read_bytes(), source=str(path / SPEC_FILE))
     weights = path / WEIGHTS_FILE
     check_size(
@@ -210,10 +216,28 @@ def load_model(path: str | Path) -> LoadedModel:
     return LoadedModel(model=model.eval(), spec=spec)
 
 
+def _cure_of_file(path: Path) -> str:
+    """What to do with a file that was given in the place of a model directory."""
+    ending = path.suffix.lower()
+    if path.name in (SPEC_FILE, WEIGHTS_FILE):
+        return f"give the directory it is in, {path.parent}"
+    if ending in _CHECKPOINTS:
+        return (
+            f"if it is a checkpoint of torchvision or timm, `mbv3dist import {path} DIR --arch "
+            "NAME` makes a model directory of it"
+        )
+    if ending == ".pt2":
+        return (
+            "a program for torch.export.load, which no command here takes; give the model "
+            "directory that it was exported from, or an .onnx file to eval and predict"
+        )
+    if ending == ".onnx":
+        return (
+            "an export, which eval and predict take; here give the model directory that it was "
+            "exported from"
+        )
+    return _WANTED
+
+
 def _is_model(path: Path) -> bool:
     return (path / SPEC_FILE).is_file() and (path / WEIGHTS_FILE).is_file()
-
-
-def _sync_to_disk(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

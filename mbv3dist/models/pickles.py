@@ -1,13 +1,16 @@
 """Reads what `torch.save` wrote, from files of unknown origin: nothing in them is run.
 
 torch's own `weights_only` unpickler refuses code. What is added here: other containers, which torch
-would unpack to temporary files, are refused; so is what is small on disk and large in memory; and
-every error is one line.
+would unpack to temporary files, are refused; so is what is small on disk and large in memory; every
+error is one line; and `argparse.Namespace` is let in, a bag of values without code, in which the
+training scripts of timm and torchvision keep their arguments beside the weights.
 """
 
 from __future__ import annotations
 
+import argparse
 import io
+import re
 import tarfile
 import zipfile
 from pathlib import Path
@@ -24,10 +27,26 @@ _OLD = bytes.fromhex("80028a0a6cfc9c46f9206aa850192e")
 _BOMB = b"bytearray"
 
 
+_OBJECT = re.compile(r"Unsupported global: GLOBAL (\S+)")  # of torch's messages
+
+
+class PickledObjectError(ValueError):
+    """A pickle of an object, which only its own code can load.
+
+    Attributes:
+        kind: Its class or function, printable and short.
+    """
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(f"it holds a pickled {kind}, which is no tensor")
+        self.kind = kind
+
+
 def load_pickle(path: Path) -> Any:
     """Load a file of `torch.save` onto the CPU: tensors, numbers, texts and containers of these.
 
     Raises:
+        PickledObjectError: if it holds an object of another kind.
         ValueError: with the reason, if it is damaged or holds anything else.
         OSError: if it cannot be read.
     """
@@ -45,12 +64,16 @@ def load_pickle(path: Path) -> Any:
     else:
         raise ValueError("it is no file of torch.save")
     try:
-        return torch.load(source, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(source, map_location="cpu", weights_only=True)
     except RecursionError:
         raise ValueError("its values are nested too deep") from None
     except (
         Exception
     ) as error:  # damaged pickles end in nearly any error: IndexError, TypeError, ...
+        named = _OBJECT.search(str(error))
+        if named:
+            raise PickledObjectError(one_line(named[1], 100)) from None
         raise ValueError(_reason(error)) from None
 
 

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mbv3dist.messages import one_line, shown
-from mbv3dist.models.pickles import load_pickle
+from mbv3dist.models.pickles import PickledObjectError, load_pickle
 from mbv3dist.models.ssdlite import SSDLite
 from mbv3dist.models.weights_torchvision import (
     classifier_modules,
@@ -26,36 +27,40 @@ from mbv3dist.models.weights_torchvision import (
 State = dict[str, Tensor]
 # Where checkpoints of training scripts keep the weights.
 _WRAPPERS = ("state_dict", "model", "model_state_dict")
+# Where timm's and torchvision's scripts keep the moving average of the weights beside these: what
+# they report scores of.
+_AVERAGES = ("state_dict_ema", "model_ema")
+_AVERAGED_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, which adds "module." too
 _PREFIXES = ("module.", "_orig_mod.")  # left by DDP and torch.compile
 _COUNTER = ".num_batches_tracked"  # no effect on outputs; old checkpoints lack it
 
 
 def read_state(path: str | Path) -> State:
+    """Read a state dict, as `read_checkpoint` does."""
+    return read_checkpoint(path)[0]
+
+
+def read_checkpoint(path: str | Path) -> tuple[State, str | None]:
     """Read a state dict from a `.safetensors` file, or from a `.pth` file without running code.
 
     Args:
-        path: the file. A checkpoint that holds its weights under "model" or "state_dict" will do.
+        path: the file. A checkpoint of a training script will do: its weights' moving average if it
+            has one, as timm takes it, else what is under "model" or "state_dict".
 
     Returns:
-        name -> tensor, on the CPU, without the prefixes of DDP and torch.compile.
+        name -> tensor, on the CPU, without the prefixes of DDP, torch.compile and moving averages;
+        and the checkpoint's name of the moving average, or None if it is not one.
 
     Raises:
         ValueError: if the file is missing, damaged, or holds no weights.
     """
     path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"weights: {path} does not exist; give a .pth or .safetensors file")
-    try:
-        content = load_file(path) if path.suffix == ".safetensors" else load_pickle(path)
-    except (SafetensorError, ValueError) as error:
-        reason = one_line(str(error))
-        raise ValueError(
-            f"weights: {path} cannot be read as weights ({reason}); it is damaged, or a pickle of "
-            "more than tensors: save model.state_dict() instead"
-        ) from error
-    for wrapper in _WRAPPERS:
-        if isinstance(content, Mapping) and isinstance(content.get(wrapper), Mapping):
-            content = content[wrapper]
+    content, average = _load(path), None
+    for wrapper in (*_AVERAGES, *_WRAPPERS):
+        inner = content.get(wrapper) if isinstance(content, Mapping) else None
+        if isinstance(inner, Mapping) and (inner or wrapper not in _AVERAGES):
+            content = inner
+            average = wrapper if wrapper in _AVERAGES else average
     if not isinstance(content, Mapping) or not content:
         raise ValueError(f"weights: {path} holds no state dict; save model.state_dict() into it")
     state = {
@@ -69,10 +74,33 @@ def read_state(path: str | Path) -> State:
             f"weights: {path} holds {shown(other)}, which is no tensor; save model.state_dict() "
             "into it"
         )
+    if all(name.startswith("module.") for name in state if name != _AVERAGED_COUNTER):
+        state.pop(_AVERAGED_COUNTER, None)
     for prefix in _PREFIXES:
         if all(name.startswith(prefix) for name in state):
             state = {name[len(prefix) :]: value for name, value in state.items()}
-    return state
+    return state, average
+
+
+def _load(path: Path) -> Any:
+    """What a file holds, or ValueError with the reason why it holds no weights."""
+    if path.is_dir():
+        raise ValueError(f"weights: {path} is a folder; give a .pth or .safetensors file")
+    if not path.is_file():
+        raise ValueError(f"weights: {path} does not exist; give a .pth or .safetensors file")
+    try:
+        return load_file(path) if path.suffix == ".safetensors" else load_pickle(path)
+    except PickledObjectError as error:
+        raise ValueError(
+            f"weights: {path} holds a pickled {error.kind}, not weights alone; load it where it "
+            "was made and save its weights: torch.save(model.state_dict(), FILE)"
+        ) from error
+    except (SafetensorError, ValueError) as error:
+        reason = one_line(str(error))
+        raise ValueError(
+            f"weights: {path} cannot be read as weights ({reason}); it is damaged, or a pickle of "
+            "more than tensors: save model.state_dict() instead"
+        ) from error
 
 
 def torchvision_keys(model: nn.Module) -> dict[str, str]:

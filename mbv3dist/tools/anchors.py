@@ -18,7 +18,6 @@ import numpy as np
 import torch
 
 from mbv3dist.config import ModelConfig, TrainConfig, ViewConfig
-from mbv3dist.data.folders import check_folder, make_folder
 from mbv3dist.data.index import Split, training_split
 from mbv3dist.data.joined import open_splits
 from mbv3dist.data.reader import Reader
@@ -29,6 +28,7 @@ from mbv3dist.models.anchors import AnchorConfig, cell_shapes, recipe_anchors
 from mbv3dist.models.ssdlite import feature_sizes
 from mbv3dist.recipe import load_config
 from mbv3dist.viz.plots import plot_anchor_shapes, plot_coverage
+from mbv3dist.writing import check_folder, write_whole, writing
 
 MAX_PICTURES = 4000  # of a split, drawn by the seed: boxes of more say the same
 WANTED_BOXES = 20_000  # epochs are drawn until so many were seen
@@ -65,7 +65,7 @@ def judge_anchors(
         OSError: A file cannot be read or written.
     """
     if out is not None:
-        check_folder(out)  # now, not after all was computed
+        check_folder(Path(out), "anchors.json")  # now, not after all was computed
     config = None if recipe is None else load_config(recipe, ["--data.path", str(data)])
     if config is not None and config.task != "detection":
         raise ValueError(f"{recipe}: is a classifier's recipe; only detectors have anchors")
@@ -114,7 +114,7 @@ def judge_anchors(
         "proposal": _numbers(sets["proposal"]),
     }
     result["files"] = (
-        [] if out is None else _write(make_folder(out), result, sets, covers, seen, opened.classes)
+        [] if out is None else _write(Path(out), result, sets, covers, seen, opened.classes)
     )
     return {**result, "lines": _report(result)}
 
@@ -276,6 +276,8 @@ def _write(
     classes: tuple[str, ...],
 ) -> list[str]:
     """Write anchors.json and the plots; return their paths."""
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
     view, boxes = next(iter(seen.views.items()))  # the training view, if there is one
     judged = "recipe" if "recipe" in sets else "torchvision"
     shapes = {
@@ -306,7 +308,7 @@ def _write(
         title=f"IoU with the best anchor, {view} view, canvas {boxes.size} px",
     )
     path = out / "anchors.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    write_whole(path, (json.dumps(result, indent=1) + "\n").encode())
     return [str(path), str(out / "shapes.png"), str(out / "coverage.png")]
 
 

@@ -145,7 +145,7 @@ class StopRequest:
     """SIGTERM or SIGUSR1 asks for a checkpoint and a clean end; all ranks agree on the step.
 
     A context manager: at its end the signals go to their former handlers again. The agreement
-    runs on a gloo group of its own: the question never makes the GPU wait.
+    runs on a gloo group of its own, beside the steps: neither GPU nor host waits for it.
     """
 
     signals = (signal.SIGTERM, signal.SIGUSR1)
@@ -154,21 +154,36 @@ class StopRequest:
         self.received = False
         self._previous = {number: signal.signal(number, self._handle) for number in self.signals}
         self.group: Any = dist.new_group(backend="gloo") if is_distributed() else None
+        self._vote = torch.zeros(1)
+        self._work: Any = None
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.received = True
 
-    def agreed(self) -> bool:
-        """Whether any rank was asked to stop. Every rank must call this at the same step."""
+    def heard(self) -> bool:
+        """Whether any rank was asked to stop. Every rank must call this once a step.
+
+        Of several ranks it is what they knew at the step before: the votes are collected while a
+        step runs, so the answer is there when the next one asks.
+        """
         if self.group is None:
             return self.received
-        flag = torch.tensor([int(self.received)])
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=self.group)
-        return bool(flag.item())
+        heard = self._work is not None and self._counted()
+        self._vote = torch.tensor([float(self.received)])
+        self._work = dist.all_reduce(
+            self._vote, op=dist.ReduceOp.MAX, group=self.group, async_op=True
+        )
+        return heard
+
+    def _counted(self) -> bool:
+        self._work.wait()
+        return bool(self._vote.item())
 
     def __enter__(self) -> "StopRequest":
         return self
 
     def __exit__(self, *error: object) -> None:
+        if self._work is not None and error[0] is None:
+            self._work.wait()  # all ranks have voted: leave nothing under way
         for number, handler in self._previous.items():
             signal.signal(number, handler)

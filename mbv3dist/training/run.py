@@ -150,16 +150,17 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
             epoch = plan.epochs_done(step)
             is_end = step == plan.num_steps
             is_eval = run.val_split is not None and _is_eval_step(run, step)
-            if is_eval or is_end or _is_checkpoint_step(run, step) or is_log_step(config, step):
+            is_asked = stop.heard()
+            is_log = is_log_step(config, step) or is_end or is_asked
+            if is_eval or is_log or _is_checkpoint_step(run, step):
                 for reason in ledger.agree():
                     tracker.say(f"warning: goes with weight 0: {reason}")
-            if is_log_step(config, step) or is_end:
+            if is_log:
                 lr = run.optimizer.param_groups[-1]["lr"]
                 values = {"epoch": round(epoch, 4), **meter.read(), "lr": lr}
                 if not values["loss"] < float("inf"):
                     raise ValueError(f"the loss became {values['loss']} by step {step}; {_CALM}")
                 tracker.record("train", step, values)
-                stopped = stop.agreed() and not is_end
 
             if is_eval:
                 val = validate(run)
@@ -172,6 +173,7 @@ def fit(run: Run, *, quiet: bool = False) -> dict[str, Any]:
                 meter.restart_clock()
                 is_end = is_end or is_out_of_patience(run)
 
+            stopped = is_asked and not is_end
             if _is_checkpoint_step(run, step) or stopped or is_end:
                 on_main_process(partial(_save_checkpoint, run, step, loader))
             if stopped or is_end:
@@ -308,7 +310,7 @@ def is_out_of_patience(run: Run) -> bool:
 
 
 def is_log_step(config: TrainConfig, step: int) -> bool:
-    """Every so many steps: metrics are recorded, and requests to stop heard."""
+    """Every so many steps metrics are recorded."""
     return step % config.tracking.log_every_steps == 0
 
 

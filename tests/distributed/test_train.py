@@ -6,9 +6,10 @@ import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
-from conftest import command_line, environment, kill_tree, run_mbv3dist
+from conftest import command_line, environment, run_mbv3dist
 from safetensors.torch import load_file
 
 
@@ -52,25 +53,40 @@ def test_fewer_processes_than_asked_for_is_an_error(classification_recipe, tmp_p
 
 
 @pytest.mark.slow
-def test_a_request_to_stop_writes_a_checkpoint_and_resume_finishes(classification_recipe, tmp_path):
-    flags = ["--out", tmp_path / "runs", "--epochs", "2000", "--checkpoint.every_steps", "0"]
-    words = ["train", classification_recipe, *flags, "--eval.every_epochs", "9999"]
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_request_to_stop_is_heard_at_once_and_writes_a_checkpoint(
+    classification_recipe, tmp_path, processes
+):
+    """Far from any record, validation or checkpoint; of two ranks one is told."""
+    flags = ["--out", tmp_path / "runs", "--epochs", "100000", "--checkpoint.every_steps", "0"]
+    flags += ["--eval.every_epochs", "999999", "--tracking.log_every_steps", "999999"]
     process = subprocess.Popen(
-        command_line(words), env=environment(), stdout=subprocess.PIPE, text=True
+        command_line(["train", classification_recipe, *flags], processes=processes),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    metrics = tmp_path / "runs" / "tiny_classifier" / "metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    kill_tree(process, number=signal.SIGTERM)
     assert process.stdout is not None
     with process.stdout as output:
-        assert "stopped on request" in output.read()
-    assert process.returncode == 0
-    names = [p.name for p in (tmp_path / "runs" / "tiny_classifier" / "checkpoints").iterdir()]
-    assert len(names) == 1
-    assert not (tmp_path / "runs" / "tiny_classifier" / "last").exists()
+        lines = iter(output.readline, "")
+        assert any("decode: cpu" in line for line in lines)  # said before the first step
+        time.sleep(1)
+        if processes:
+            family = psutil.Process(process.pid).children(recursive=True)
+            told = next(p for p in family if p.environ().get("RANK") == "1")
+            told.send_signal(signal.SIGTERM)
+        else:
+            process.send_signal(signal.SIGTERM)
+        said = next(line for line in lines if "stopped on request after step" in line)
+        assert process.wait(timeout=60) == 0
+    stopped_at = int(said.partition("after step ")[2].partition(";")[0])
+    run = tmp_path / "runs" / "tiny_classifier"
+    assert 0 < stopped_at < 99_000
+    assert [p.name for p in (run / "checkpoints").iterdir()] == [f"step-{stopped_at:08d}"]
+    assert not (run / "last").exists()
+    # Nothing of the steps since the last record is lost.
+    record = json.loads((run / "metrics.jsonl").read_text())
+    assert record["step"] == stopped_at
 
 
 @pytest.mark.slow

@@ -167,7 +167,7 @@ def test_plots_are_small_well_formed_and_undated():
         ElementTree.fromstring(text)
         assert len(text) < 100_000, name
         assert "<dc:date>" not in text, name
-        fonts = set(re.findall(r"font(?:-family)?: [^;]*'DejaVu Sans'[^;]*", text))
+        fonts = set(re.findall(r"font(?:-family)?: [^;\"]*'DejaVu Sans'[^;\"]*", text))
         assert fonts and all(font.endswith("Verdana, sans-serif") for font in fonts), name
 
 

@@ -106,9 +106,9 @@ def test_a_budget_that_is_spent_ends_with_whole_settings():
 def test_making_one_system_is_limited_even_if_errors_are_swallowed():
     def stubborn(setting):
         try:
-            time.sleep(5)
+            time.sleep(60)
         except TimeoutError:
-            time.sleep(5)
+            time.sleep(60)
         raise AssertionError("it should have been told again")
 
     before = signal.getsignal(signal.SIGALRM)
@@ -119,7 +119,7 @@ def test_making_one_system_is_limited_even_if_errors_are_swallowed():
         built = matrix.build_all(makes, [EAGER], limit_s=0.05)
     finally:
         matrix.RING_AGAIN_S = again
-    assert time.perf_counter() - started < 3
+    assert time.perf_counter() - started < 30  # imports of torch's compiler among them
     assert built.failed == {
         "ours channels_last": "TimeoutError: not ready within 0.05 s",
         "timm channels_last": "left out: ours was not ready in time",

@@ -154,5 +154,31 @@ def test_a_report_is_logged_to_wandb(monkeypatch, tmp_path, capsys):
     harness.finish(report, "# x", args)
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == report
     (run,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
-    stored = run.read_bytes()
-    assert b"sections/a/ratio" in stored and b"abc" in stored and b"speed" in stored
+    wanted = (b"sections/a/ratio", b"abc", b"speed")
+    deadline = time.monotonic() + 60
+    while missing := [word for word in wanted if word not in run.read_bytes()]:
+        assert time.monotonic() < deadline, missing  # wandb's own process writes it
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [("", "is a folder; give a file"), ("none/out.json", "does not exist; make it first")],
+)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(
+    name, reason, tmp_path, capsys
+):
+    parse = harness.parser("x", rounds=1).parse_args
+    place = f"{tmp_path}/{name}"
+    with pytest.raises(SystemExit) as stopped:
+        harness.run("x", ["--json", place], parse=parse, measure=pytest.fail, report_text=str)
+    assert stopped.value.code == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_report_that_cannot_be_saved_is_printed_all_the_same(tmp_path, capsys):
+    args = harness.parser("x", rounds=1).parse_args(["--json", str(tmp_path / "out.json")])
+    args.json = tmp_path  # became unwritable while it was measured
+    words = {"parse": lambda _: args, "measure": lambda _: {"benchmark": "x"}, "report_text": str}
+    assert harness.run("x", [], **words) == 2
+    assert json.loads(capsys.readouterr().out) == {"benchmark": "x"}

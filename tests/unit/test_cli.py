@@ -227,3 +227,23 @@ def test_module_and_script_are_the_same_command(voc_folder, tmp_path):
     done = run_mbv3dist("--version")
     assert done.returncode == 0
     assert done.stdout.startswith("mbv3dist ")
+
+
+def test_help_of_export_shows_how_many_pictures(capsys):
+    with pytest.raises(SystemExit):
+        main(["export", "--help"])
+    assert "of --int8; default: 128" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("command", ["eval", "predict", "export"])
+@pytest.mark.parametrize(("name", "cure"), [("w.pth", "mbv3dist import"), ("m.pt2", "no command")])
+def test_a_file_that_is_no_model_is_told_what_it_is(command, name, cure, tmp_path, capfd):
+    model = tmp_path / name
+    model.write_bytes(b"anything")
+    more = {
+        "eval": ["DATA", "--split", "val"],
+        "predict": ["PICTURE", "--out", str(tmp_path / "out")],
+        "export": [str(tmp_path / "out.onnx")],
+    }
+    error = fails(capfd, command, model, *more[command])
+    assert f"{model} is a file; " in error and cure in error

@@ -81,7 +81,7 @@ def expected(broken, tmp_path_factory):
     """What comes of the broken source if every picture is read in full before any is packed."""
     out = tmp_path_factory.mktemp("expected") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "_look_at", lambda *args: None)
+        patch.setattr(prepare, "_read_header", lambda *args: (b"", None))
         report = convert(broken, out, on_error="skip")
     assert sum(len(split.problems) for split in report.splits.values()) == 2
     return tree(out)
@@ -91,12 +91,12 @@ def test_a_clean_jpeg_is_read_in_full_once_and_never_decoded(good, tmp_path, mon
     def refuse(*args):
         raise AssertionError("read in full before packing, or decoded")
 
-    monkeypatch.setattr(prepare, "read_bounded", refuse)
+    monkeypatch.setattr(prepare, "read_open", refuse)
     monkeypatch.setattr(prepare, "open_picture", refuse)
     monkeypatch.setattr(writer, "load_picture", refuse)
     reads = Counter()
-    real = writer.open_regular
-    monkeypatch.setattr(writer, "open_regular", lambda p: reads.update([str(p)]) or real(p))
+    real = writer.open_sized
+    monkeypatch.setattr(writer, "open_sized", lambda p: reads.update([str(p)]) or real(p))
     convert(good, tmp_path / "out")
     monkeypatch.undo()
     pictures = {path: count for path, count in reads.items() if path.endswith(".jpg")}

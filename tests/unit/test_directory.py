@@ -1,5 +1,6 @@
 """Model directories: round trips, atomic replacement, and messages for what is wrong."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -96,6 +97,17 @@ def test_a_failed_save_keeps_the_old_model(tmp_path: Path, monkeypatch: pytest.M
     assert os.listdir(tmp_path) == ["model"]
 
 
+def test_a_full_disk_names_the_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"free some \(it takes .* MB\)") as caught:
+        save_model(model_from_spec(CLASSIFIER), CLASSIFIER, tmp_path / "model")
+    assert caught.value.filename == str(tmp_path / "model")
+    assert os.listdir(tmp_path) == []
+
+
 def test_a_folder_that_is_no_model_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
@@ -107,8 +119,9 @@ def test_a_folder_that_is_no_model_is_left_alone(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (Path("/proc/x"), tmp_path / "file" / "model"):
-        with pytest.raises(OSError, match=f"model directory: {path} cannot be made .*; give"):
+        with pytest.raises(OSError, match="choose another place") as caught:
             save_model(model_from_spec(CLASSIFIER), CLASSIFIER, path)
+        assert caught.value.filename == str(path)
 
 
 def test_defaults_follow_the_task_and_the_weights() -> None:
@@ -150,8 +163,10 @@ def test_wrong_descriptions(change: dict, message: str) -> None:
 
 
 def test_wrong_directories(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"model\.json is missing"):
+    with pytest.raises(ValueError, match="nowhere does not exist; give a directory"):
         load_model(tmp_path / "nowhere")
+    with pytest.raises(ValueError, match=r"model\.json is missing"):
+        load_model(tmp_path)
     path = tmp_path / "model"
     save_model(model_from_spec(CLASSIFIER), CLASSIFIER, path)
     (path / "model.json").write_text(spec_to_json(DETECTOR))
@@ -168,3 +183,22 @@ def test_wrong_directories(tmp_path: Path) -> None:
     (path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"model\.safetensors is missing"):
         load_model(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("w.pth", r"`mbv3dist import .*w\.pth DIR --arch NAME`"),
+        ("w.safetensors", r"`mbv3dist import .*w\.safetensors DIR"),
+        ("m.pt2", "torch.export.load, which no command here takes"),
+        ("m.onnx", "an export, which eval and predict take"),
+        ("photo.JPG", "give a directory with model.json and model.safetensors"),
+        ("model.safetensors", "give the directory it is in, "),
+        ("model.json", "give the directory it is in, "),
+    ],
+)
+def test_a_file_is_told_what_it_is_good_for(name: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"anything")
+    with pytest.raises(ValueError, match=f"{name} is a file; .*{message}") as caught:
+        load_model(tmp_path / name)
+    assert "\n" not in str(caught.value)

@@ -3,16 +3,20 @@
 import errno
 import json
 import os
+import re
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from lively import detector, detector_graph, lively_model, save_lively
+from lively import classifier_graph, detector, detector_graph, lively_model, save_lively
 
 from mbv3dist.cli import main
-from mbv3dist.inference import onnx_file
+from mbv3dist.inference import export, fold, onnx_file
 from mbv3dist.inference.check import (
+    UNMATCHED_TOLERANCE,
     Agreement,
+    check_export,
     compare_detections,
     drawn_canvases,
     reference_detections,
@@ -20,7 +24,7 @@ from mbv3dist.inference.check import (
 )
 from mbv3dist.inference.export import export_model, export_onnx
 from mbv3dist.inference.formats import EXPORT_FORMATS
-from mbv3dist.models.directory import spec_from_json
+from mbv3dist.models.directory import Thresholds, spec_from_json
 from mbv3dist.models.onnx_model import load_any_model, load_onnx
 from mbv3dist.ops.nms import Detections
 
@@ -100,6 +104,44 @@ def test_torch_export_is_loaded_and_run_with_any_batch(raw, tmp_path):
             assert agreement.unmatched <= 0.002 * agreement.detections
 
 
+def test_rounding_of_peaky_scores_is_no_difference(tmp_path, monkeypatch):
+    """As in a real detector of many layers, the file's network rounds otherwise than the model."""
+
+    class Rounded(fold.DeployedNetwork):
+        def __init__(self, loaded):
+            super().__init__(loaded)
+            torch.manual_seed(0)
+            for weight in self.parameters():
+                weight.data *= 1 + 3e-5 * torch.randn_like(weight)
+
+    loaded = lively_model("ssdlite_mobilenetv3_small", slim=True)
+    for head in loaded.model.class_heads:
+        head[1].weight.data *= 32
+        head[1].bias.data *= 32
+    rounded, canvas = Rounded(loaded), drawn_canvases(loaded.spec, 3, seed=1)
+    found, expected = rounded(canvas), reference_outputs(loaded, canvas).values()
+    ends = compare_detections(
+        reference_detections(loaded, *found), reference_detections(loaded, *expected)
+    )
+    assert ends.unmatched > UNMATCHED_TOLERANCE * ends.detections  # comparing them would refuse it
+    monkeypatch.setattr(export, "DeployedNetwork", Rounded)
+    check = export_model(loaded, tmp_path / "model.pt2")["check"]
+    assert 0 < check["class_logits"] < 0.1 and check["unmatched"] == 0
+
+
+@pytest.mark.parametrize("wrong", ["network", "postprocess"])
+def test_a_pt2_file_that_is_not_the_model_is_not_written(wrong):
+    program = export._Answers(detector(), raw=False)
+    if wrong == "network":
+        program.network.model.class_heads[0][1].bias.data += 0.1
+    else:
+        program._spec = replace(program._spec, thresholds=Thresholds(nms=0.9))
+    words = {"network": "its class_logits differ", "postprocess": "have no counterpart"}[wrong]
+    run = export._runner(program, ["boxes", "scores", "labels", "count"])
+    with pytest.raises(ValueError, match=f"^m.pt2: not written: .*{words}.*versions of torch$"):
+        check_export(run, detector(), source="m.pt2", libraries="torch")
+
+
 def test_weights_go_out_under_the_names_of_torchvision(tmp_path):
     loaded = lively_model("mobilenetv3_small", size=64, width=1.0)
     result = export_model(loaded, tmp_path / "weights.pth", format="torchvision")
@@ -169,10 +211,53 @@ def test_a_full_disk_leaves_nothing_or_the_old_file(call, tmp_path, monkeypatch,
             out.write_text(before)
         with monkeypatch.context() as patch:
             patch.setattr(os, call, full)
-            with pytest.raises(OSError, match="No space left"):
+            with pytest.raises(OSError, match=r"No space left.*it takes .* MB.*model\.onnx'$"):
                 export_onnx(detector(), out)
         assert [p.name for p in tmp_path.iterdir()] == ([] if before is None else ["model.onnx"])
     assert out.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("format", "name"), [("torchvision", "w.pth"), ("timm", "w.safetensors"), (None, "w.onnx")]
+)
+def test_a_full_disk_is_one_line_that_names_the_file(format, name, tmp_path, capfd, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = save_lively(lively_model("mobilenetv3_small", size=64, width=1.0), tmp_path / "model")
+    monkeypatch.setattr(onnx_file, "make_onnx", lambda loaded, raw: classifier_graph())
+    monkeypatch.setattr(export, "check_export", lambda *args, **kwargs: {})
+    monkeypatch.setattr(os, "fsync", full)
+    words = ["--format", format] if format else []
+    error = fails(capfd, folder, tmp_path / name, *words)
+    start = f"mbv3dist: error: {tmp_path / name}: No space left on device; free some (it takes "
+    assert error.startswith(start) and error.endswith(" MB) or choose another place\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    "place", ["/proc/m.onnx", "/proc/new/m.pt2", "FILE/m.onnx", "FILE/new/m.pt2"]
+)
+def test_an_impossible_place_is_found_before_the_work(place, model, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(export, "load_model", lambda path: pytest.fail("too late"))
+    (tmp_path / "file").write_text("dear to somebody")
+    place = place.replace("FILE", str(tmp_path / "file"))
+    error = fails(capfd, model, place)
+    assert error.startswith(f"mbv3dist: error: {place}: ") and "another place" in error
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [(["--split", "nope"], "no split 'nope'.* train"), (["--int8", "/nowhere"], "/nowhere")],
+)
+def test_what_cannot_be_quantised_on_is_found_before_the_work(
+    words, message, model, detection_data, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr(onnx_file, "make_onnx", lambda loaded, raw: pytest.fail("too late"))
+    error = fails(capfd, model, tmp_path / "m.onnx", "--int8", detection_data, *words)
+    assert re.search(message, error)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_is_not_the_model_is_not_written(tmp_path, fast):

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import socket
 import struct
 import subprocess
@@ -208,6 +209,8 @@ def bomb(kind):
 
 
 BOMBS = ("png", "jpeg", "webp", "webp_lossy", "gif", "bmp", "tiff")
+# Up to Pillow 12 "webp" is refused by its decoder, before Pillow has seen a size.
+ENORMOUS = "more than 89478485 pixels|could not create decoder object"
 
 
 def test_pictures_that_claim_to_be_enormous(tmp_path):
@@ -215,12 +218,12 @@ def test_pictures_that_claim_to_be_enormous(tmp_path):
     add(source / "a/good.jpg")
     for kind in BOMBS:
         (source / f"a/{kind}.jpg").write_bytes(bomb(kind))
-        with pytest.raises(PictureError, match="more than 89478485 pixels"):
+        with pytest.raises(PictureError, match=ENORMOUS):
             load_picture(bomb(kind))
     words = ["convert", "imagefolder", source, "--out", out, "--split", "train", "--workers", 1]
     code, _, lines, peak = mbv3dist(*words)
     assert code == 2 and len(lines) == len(BOMBS) + 2 and peak < MAX_PEAK_MB
-    assert sum("pixels" in line for line in lines) == len(BOMBS)
+    assert sum(bool(re.search(ENORMOUS, line)) for line in lines) == len(BOMBS)
 
 
 def test_files_that_pillow_would_start_a_program_for_are_no_pictures():

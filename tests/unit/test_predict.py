@@ -1,5 +1,6 @@
 """Prediction: the same detections as evaluation, sources, names, files, errors."""
 
+import errno
 import json
 import os
 
@@ -13,7 +14,7 @@ from mbv3dist.data.index import open_split
 from mbv3dist.data.reader import Reader
 from mbv3dist.evaluation.detection import DetectionEvaluator
 from mbv3dist.evaluation.run import evaluate
-from mbv3dist.inference.predict import choose_device, classify, detect, predict
+from mbv3dist.inference.predict import _Runner, choose_device, classify, detect, predict
 from mbv3dist.inference.sources import (
     MAX_NAMED,
     drawing_names,
@@ -354,8 +355,32 @@ def test_wrong_usage_is_one_line(detector, pictures, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"file is a file; give a folder$"):
         predict(detector, [pictures], tmp_path / "file")
-    with pytest.raises(ValueError, match=r"--out /proc/x: this folder cannot be made .*; give"):
+    with pytest.raises(OSError, match=r"choose another place: '/proc/x/predictions\.json'"):
         predict(detector, [pictures], "/proc/x")
     with pytest.raises(ValueError, match="--device nonsense"):
         choose_device("nonsense")
     assert choose_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.parametrize("what", ["picture", "predictions.json"])
+def test_a_full_disk_names_the_file(what, detector, pictures, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if what == "picture":
+        monkeypatch.setattr(Image.Image, "save", full)
+    else:
+        monkeypatch.setattr(os, "fsync", full)
+    out = tmp_path / "out"
+    with pytest.raises(OSError, match="No space left on device; free some") as caught:
+        predict(detector, [pictures / "a" / "one.jpg"], out)
+    assert caught.value.errno == errno.ENOSPC
+    assert caught.value.filename == str(out / ("one.jpg" if what == "picture" else what))
+    assert len(list(out.iterdir())) == (what == "predictions.json")  # the picture
+
+
+def test_an_impossible_folder_is_found_before_the_work(detector, pictures, monkeypatch):
+    monkeypatch.setattr(_Runner, "run", lambda *args, **kwargs: pytest.fail("too late"))
+    for out in ("/proc/out", "/proc"):
+        with pytest.raises(OSError, match=f"another place: '{out}"):
+            predict(detector, [pictures], out)

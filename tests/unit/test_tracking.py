@@ -49,9 +49,9 @@ def test_more_processes_than_gpus():
 def test_a_stop_request_is_noted_and_handlers_come_back(number):
     before = signal.getsignal(number)
     with StopRequest() as stop:
-        assert not stop.agreed()
+        assert not stop.heard()
         os.kill(os.getpid(), number)
-        assert stop.agreed()
+        assert stop.heard()
     assert signal.getsignal(number) is before
 
 
