@@ -37,6 +37,7 @@ from mbv3dist.models.ssdlite import SSDLite
 from mbv3dist.writing import check_place, write_whole
 
 LOW_SIGNAL_DB = 15.0  # of an 8-bit file's outputs; trained detectors have some 30
+_OF_DETECTIONS = ("boxes_px", "scores", "detections", "unmatched")  # the rest: of the network
 _ONNX_EXTRA = ("onnx", "onnxruntime")
 
 
@@ -267,15 +268,15 @@ def _result(
     more: list[str],
 ) -> dict[str, Any]:
     """What `export_model` returns."""
+    network = {name: value for name, value in check.items() if name not in _OF_DETECTIONS}
+    compared = ", ".join(f"{name} by up to {value:.1e}" for name, value in network.items())
+    compared = f"the network's outputs differ from the model's: {compared}"
     if "boxes_px" in check:
-        compared = (
-            f"boxes differ from the model's by up to {check['boxes_px']:.1e} px, scores by "
-            f"{check['scores']:.1e}; {check['unmatched']} of {check['detections']} detections "
-            "without a counterpart"
+        compared += (
+            f"; detections from what these make: boxes by up to {check['boxes_px']:.1e} px, scores "
+            f"by {check['scores']:.1e}, {check['unmatched']} of {check['detections']} without a "
+            "counterpart"
         )
-    else:
-        compared = ", ".join(f"{name} by up to {value:.1e}" for name, value in check.items())
-        compared = f"outputs differ from the model's: {compared}"
     return {
         "lines": [
             f"{out}: {format}, {num_bytes / 1e6:.2f} MB",
