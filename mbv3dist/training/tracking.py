@@ -203,14 +203,14 @@ def _start_wandb(accelerator: "Accelerator", config: TrainConfig) -> None:
     """Starts W&B on rank 0; a resumed run continues its W&B run."""
     id_file = config.run_dir / "wandb_id"
     init: dict[str, Any] = {"name": config.name, "dir": str(config.run_dir), "resume": "allow"}
+    # Not as init_trackers' `config`: for that Accelerate 1.10 starts a second offline run.
+    init |= {"config": config_to_dict(config), "allow_val_change": True}
     if accelerator.is_main_process:
         if not id_file.exists():
             id_file.write_text(uuid.uuid4().hex[:12])
         init["id"] = id_file.read_text()
     try:
-        accelerator.init_trackers(
-            config.tracking.project, config=config_to_dict(config), init_kwargs={"wandb": init}
-        )
+        accelerator.init_trackers(config.tracking.project, init_kwargs={"wandb": init})
     except Exception as error:
         reason = " ".join(str(error).split())
         raise ValueError(
