@@ -182,6 +182,7 @@ def load_compiled_code() -> None:
     from mbv3dist.data.members import check_headers
     from mbv3dist.data.pixels import Pictures
     from mbv3dist.data.reader import Members
+    from mbv3dist.data.shrunk import shrunk
     from mbv3dist.data.targets import parse_targets
     from mbv3dist.data.view_kernels import ViewMaker
     from mbv3dist.data.views import View
@@ -202,6 +203,7 @@ def load_compiled_code() -> None:
         Picture(file).draw(View((0, 0, 16, 16), (0, 0, 16, 16)), canvases[0])
     shrink(np.zeros((16, 16, 3), np.uint8), (8, 8))
     shrink(np.asarray(Image.new("RGB", (16, 16))), (8, 8))
+    shrunk(jpeg.getvalue(), (16, 16), (8, 8))
     address = np.frombuffer(files[0], np.uint8).__array_interface__["data"][0]
     members = Members([0], files[:1], files[:1], np.full((1, 2), address), np.ones((1, 2), int))
     for task in ("classification", "detection"):

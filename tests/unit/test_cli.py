@@ -240,9 +240,11 @@ def test_help_of_export_shows_how_many_pictures(capsys):
 def test_a_file_that_is_no_model_is_told_what_it_is(command, name, cure, tmp_path, capfd):
     model = tmp_path / name
     model.write_bytes(b"anything")
+    picture = tmp_path / "picture.png"
+    Image.new("RGB", (8, 8)).save(picture)
     more = {
         "eval": ["DATA", "--split", "val"],
-        "predict": ["PICTURE", "--out", str(tmp_path / "out")],
+        "predict": [str(picture), "--out", str(tmp_path / "out")],
         "export": [str(tmp_path / "out.onnx")],
     }
     error = fails(capfd, command, model, *more[command])
