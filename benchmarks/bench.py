@@ -48,13 +48,18 @@ class Benchmark:
 BENCHMARKS = (
     Benchmark("train_step", "train_step", ("--rounds", "5"), ()),
     Benchmark("nms", "nms", ("--rounds", "5"), ("--devices", "cuda")),
-    Benchmark("end_to_end", "end_to_end", ("--rounds", "3"), ("--amp", "bf16")),
+    Benchmark(
+        "end_to_end",
+        "end_to_end",
+        ("--rounds", "2", "--steps", "8", "--warm", "2"),
+        ("--amp", "bf16"),
+    ),
     Benchmark("gpu_pixels", "gpu_pixels", None, ()),
-    Benchmark("scaling", "scaling", (), ()),
+    Benchmark("scaling", "scaling", ("--rounds", "5"), ()),
     Benchmark(
         "loader",
         "loader",
-        ("--rounds", "3", "--seconds", "0.5", "--samples", "640", "--sizes", "originals"),
+        ("--rounds", "2", "--seconds", "0.5", "--samples", "640", "--sizes", "originals"),
     ),
     Benchmark(
         "decode",
