@@ -2,6 +2,8 @@
 
 import os
 import random
+import subprocess
+import sys
 import threading
 import time
 
@@ -245,3 +247,13 @@ def test_a_cached_file_of_a_wrong_size_is_fetched_again(split, source, tmp_path)
         held = cache._open_whole(0)
         assert held.read_at(0, 10**6) == (source / "train/000000.tar").read_bytes()
         assert cache._folder.recount() == bytes_in(tmp_path / "cache")
+
+
+def test_importing_needs_neither_torch_nor_fsspec():
+    code = (
+        "import sys; import mbv3dist.data.cache, mbv3dist.data.remote; "
+        "bad = {'torch', 'fsspec', 'aiohttp', 's3fs'} & set(sys.modules); sys.exit(str(bad) if bad "
+        "else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -394,23 +394,3 @@ def test_class_files(small: dict, tmp_path: Path) -> None:
     names.write_text("\ufeffäh\r\nbe\r\nce\r\n\r\n", encoding="utf-8", newline="")
     import_model(path, tmp_path / "model", arch=arch, classes=names)
     assert load_model(tmp_path / "model").spec.classes == ("äh", "be", "ce")
-
-
-def test_an_existing_folder_is_left_alone(small: dict, tmp_path: Path) -> None:
-    path = save(small, tmp_path / "w.pth")
-    names = write_names(tmp_path / "names", 3)
-    out = tmp_path / "model"
-    out.mkdir()  # empty: may be used
-    import_model(path, out, arch="mobilenet_v3_small", classes=names)
-    before = (out / "model.json").read_bytes()
-    with pytest.raises(ValueError, match="--overwrite"):
-        import_model(path, out, arch="mobilenet_v3_small", classes=names)
-    assert (out / "model.json").read_bytes() == before
-    import_model(path, out, arch="mobilenet_v3_small", classes=names, overwrite=True)
-    assert (out / "model.json").read_bytes() == before  # the same to the byte
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
-    with pytest.raises(ValueError, match="is no model"):
-        import_model(
-            path, tmp_path / "photos", arch="mobilenet_v3_small", classes=names, overwrite=True
-        )

@@ -1,4 +1,4 @@
-"""import: what training scripts save: moving averages, arguments, whole modules; and no files."""
+"""import: what training scripts save (averages, arguments, modules); folders that are in use."""
 
 import argparse
 from pathlib import Path
@@ -111,3 +111,20 @@ def test_only_near_names_are_suggested(arch: str, message: str, tmp_path: Path) 
 def test_an_impossible_place_is_found_before_reading(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="another place: '/proc/out'"):
         import_model(tmp_path / "absent.pth", "/proc/out", arch="mobilenet_v3_small")
+
+
+def test_an_existing_folder_is_left_alone(names: Path, tmp_path: Path) -> None:
+    path, out, arch = tmp_path / "w.pth", tmp_path / "model", ARCHS["torchvision"]
+    torch.save(torchvision_classifier("small", 3).state_dict(), path)
+    out.mkdir()  # empty: may be used
+    import_model(path, out, arch=arch, classes=names)
+    before = (out / "model.json").read_bytes()
+    with pytest.raises(ValueError, match="--overwrite"):
+        import_model(path, out, arch=arch, classes=names)
+    assert (out / "model.json").read_bytes() == before
+    import_model(path, out, arch=arch, classes=names, overwrite=True)
+    assert (out / "model.json").read_bytes() == before  # the same to the byte
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(ValueError, match="is no model"):
+        import_model(path, tmp_path / "photos", arch=arch, classes=names, overwrite=True)

@@ -1,6 +1,7 @@
 """A picture made smaller in one call: Pillow's pixels, or none at all."""
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -28,8 +29,9 @@ def by_pillow(data):
 
 @pytest.mark.parametrize("save", [{}, {"subsampling": 0}, {"progressive": True}])
 def test_pixels_are_those_of_pillow(save):
-    if nvimgcodec.problem():
-        pytest.skip(nvimgcodec.problem())
+    if sys.platform != "linux":  # elsewhere the decoder is no dependency, and Pillow does it
+        pytest.skip("no nvImageCodec")
+    assert not nvimgcodec.problem()
     data = jpeg(**save)
     assert (shrunk(data, SIZE, WANTED) == by_pillow(data)).all()
 
